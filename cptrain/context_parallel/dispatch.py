@@ -1,0 +1,105 @@
+"""How `F.scaled_dot_product_attention` inside chosen modules reaches context parallelism.
+
+[Note: dispatch is scoped to a module's forward]
+A mode entered inside each attention module's own forward is active in the recompute of activation checkpointing and
+under torch.compile, ends with the module, and catches the function however it was imported. A mode around the training
+step would be gone when the backward pass recomputes, and patching the function also changes modules nobody chose.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+Attention = Callable[..., torch.Tensor]
+
+
+class AttentionMode(TorchFunctionMode):
+    """While active, sends calls of `F.scaled_dot_product_attention` to `attention` and counts them."""
+
+    def __init__(self, attention: Attention) -> None:
+        super().__init__()
+        self.attention = attention
+        self.num_calls = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            self.num_calls += 1
+            return _replace(self.attention, *args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _replace(
+    attention: Attention,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """`attention` with the arguments of F.scaled_dot_product_attention; refuses what it could not do exactly."""
+    if attn_mask is not None:
+        raise NotImplementedError(
+            f"attn_mask {tuple(attn_mask.shape)}: a dense mask of a sharded sequence is not supported under context "
+            "parallelism; use is_causal=True or no mask"
+        )
+    if dropout_p > 0.0:
+        raise NotImplementedError(
+            f"dropout_p = {dropout_p}: attention dropout is not supported under context parallelism; set it to 0.0"
+        )
+    if query.size(1) != key.size(1) and not enable_gqa:
+        raise ValueError(
+            f"{query.size(1)} query heads and {key.size(1)} kv heads need enable_gqa=True, as without context parallelism"
+        )
+    return attention(query, key, value, is_causal=is_causal, scale=scale)
+
+
+def apply(model: nn.Module, *, modules: str, attention: Attention) -> list[str]:
+    """Names of the modules of `model` whose name matches the pattern and whose attention is now `attention`.
+
+    Raises ValueError when nothing matches, when a match contains another (its calls would be taken twice) or already is
+    context parallel; and, at its first forward, RuntimeError for a matched module that never calls the function.
+    """
+    matched = {name: module for name, module in model.named_modules() if name and fnmatchcase(name, modules)}
+    if not matched:
+        kinds = sorted({name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1].find("att") >= 0})
+        hint = f"; modules with att in their name: {', '.join(kinds[:8])}" if kinds else ""
+        raise ValueError(f'modules = "{modules}" matches no module of {type(model).__name__}{hint}')
+    for name, module in matched.items():
+        if isinstance(getattr(module.forward, "attention_mode", None), AttentionMode):
+            raise ValueError(f"{name} is context parallel already")
+        inside = [other for other in matched if other.startswith(name + ".")]
+        if inside:
+            raise ValueError(f'modules = "{modules}" matches {name} and {inside[0]} inside it; name only one of them')
+    for name, module in matched.items():
+        _wrap(name, module, attention)
+    return list(matched)
+
+
+def _wrap(name: str, module: nn.Module, attention: Attention) -> None:
+    original = module.forward
+    mode = AttentionMode(attention)
+
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with mode:
+            result = original(*args, **kwargs)
+        if mode.num_calls == 0:
+            raise RuntimeError(
+                f"{name} was made context parallel, but its forward never called F.scaled_dot_product_attention: "
+                "each rank would attend to its own shard only"
+            )
+        return result
+
+    forward.attention_mode = mode  # type: ignore[attr-defined]
+    module.forward = forward  # type: ignore[method-assign]

@@ -1,0 +1,225 @@
+"""Settings of the mesh: how many ranks go to which axis."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from cptrain.config import Problem, setting
+
+Method = Literal["auto", "ring", "ulysses", "hybrid"]
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors of a positive number, in rising order."""
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelismConfig:
+    """How the ranks are divided: world = replicate x shard x context (ring x ulysses) x tensor."""
+
+    data_parallel_replicate_degree: int = setting(1, "copies of the sharded model (HSDP), in groups of ranks")
+    data_parallel_shard_degree: int = setting(-1, "FSDP2 ranks that read different data; -1 = all ranks left over")
+    context_parallel_degree: int | Literal["auto"] = setting(
+        "auto", "ranks that share one sequence; auto = ring_degree x ulysses_degree"
+    )
+    context_parallel_method: Method = setting(
+        "auto", "ring (P2P), ulysses (all-to-all), hybrid (ulysses inside ring), or auto"
+    )
+    ring_degree: int | Literal["auto"] = setting("auto", "ranks in the ring; auto = what the method leaves to it")
+    ulysses_degree: int | Literal["auto"] = setting("auto", "ranks that exchange heads for sequence (all-to-all)")
+    context_parallel_layout: Literal["zigzag", "contiguous"] = setting(
+        "zigzag", "which tokens a rank holds; zigzag balances causal attention"
+    )
+    tensor_parallel_degree: int = setting(1, "ranks that share each weight matrix (Megatron TP + sequence parallel)")
+
+    def problems(self) -> Iterator[Problem]:
+        """Everything wrong that can be seen without the world size or the model."""
+        for key in ("data_parallel_replicate_degree", "tensor_parallel_degree"):
+            if getattr(self, key) < 1:
+                yield Problem(key=key, rule="must be at least 1")
+        if self.data_parallel_shard_degree < 1 and self.data_parallel_shard_degree != -1:
+            yield Problem(key="data_parallel_shard_degree", rule="must be at least 1, or -1 for all ranks left over")
+        for key in ("context_parallel_degree", "ring_degree", "ulysses_degree"):
+            value = getattr(self, key)
+            if value != "auto" and value < 1:
+                yield Problem(key=key, rule='must be at least 1, or "auto"')
+
+
+@dataclass(frozen=True, kw_only=True)
+class Degrees:
+    """The resolved size of every mesh axis, outermost first; `tp` is innermost, on the fastest link."""
+
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    ring: int = 1
+    ulysses: int = 1
+    tp: int = 1
+
+    @property
+    def context(self) -> int:
+        """Ranks that share one sequence."""
+        return self.ring * self.ulysses
+
+    @property
+    def data(self) -> int:
+        """Ranks that read different sequences."""
+        return self.dp_replicate * self.dp_shard
+
+    @property
+    def fsdp(self) -> int:
+        """Ranks over which FSDP2 shards each parameter."""
+        return self.dp_shard * self.context
+
+    @property
+    def world(self) -> int:
+        return self.data * self.context * self.tp
+
+
+def valid_ulysses_degrees(num_heads: int, num_kv_heads: int, tp: int = 1) -> list[int]:
+    """Ulysses degrees at which every rank gets whole groups of heads, in rising order.
+
+    Heads are first divided over `tp`. A degree u needs heads % u == 0 and, so that a query head and its kv head meet on
+    one rank, one of (kv heads, u) must divide the other; kv heads are replicated where u is larger.
+    """
+    heads, kv_heads = num_heads // tp, max(1, num_kv_heads // tp)
+    return [u for u in divisors(heads) if kv_heads % u == 0 or u % kv_heads == 0] if heads else []
+
+
+def resolve_degrees(
+    config: ParallelismConfig, *, world_size: int, num_heads: int, num_kv_heads: int
+) -> tuple[Degrees | None, list[Problem]]:
+    """The size of every axis for a world and a model, and everything that stands against it (then no degrees)."""
+    found = list(config.problems())
+    if found:
+        return None, found
+    tp, replicate = config.tensor_parallel_degree, config.data_parallel_replicate_degree
+    split = _split_context(config, num_heads=num_heads, num_kv_heads=num_kv_heads, problems=found)
+    if num_heads % tp or num_kv_heads % tp:
+        both = [d for d in divisors(math.gcd(num_heads, num_kv_heads))]
+        found.append(
+            Problem(
+                key="tensor_parallel_degree",
+                rule=f"{num_heads} heads and {num_kv_heads} kv heads allow {_listed(both)}",
+            )
+        )
+    if split is None:
+        return None, found
+    ring, ulysses = split
+    fixed = replicate * ring * ulysses * tp
+    terms = f"replicate {replicate} x ring {ring} x ulysses {ulysses} x tensor {tp}"
+    shard = config.data_parallel_shard_degree
+    if shard == -1:
+        if world_size % fixed:
+            found.append(
+                Problem(
+                    key="data_parallel_shard_degree",
+                    rule=f"{terms} = {fixed} does not divide the world size {world_size}",
+                    fix=f"run on a multiple of {fixed} ranks, or lower one of the degrees",
+                )
+            )
+        shard = max(1, world_size // fixed)
+    elif shard * fixed != world_size:
+        found.append(
+            Problem(
+                key="data_parallel_shard_degree",
+                rule=f"shard {shard} x {terms} = {shard * fixed}, but the world size is {world_size}",
+                fix=f"run on {shard * fixed} ranks, or set it to -1",
+            )
+        )
+    if found:
+        return None, found
+    return Degrees(dp_replicate=replicate, dp_shard=shard, ring=ring, ulysses=ulysses, tp=tp), []
+
+
+def _listed(values: list[int]) -> str:
+    return ", ".join(str(value) for value in values)
+
+
+def _split_context(
+    config: ParallelismConfig, *, num_heads: int, num_kv_heads: int, problems: list[Problem]
+) -> tuple[int, int] | None:
+    """(ring, ulysses) degrees from the method and whichever of the three degrees are given."""
+    method, total = config.context_parallel_method, config.context_parallel_degree
+    ring, ulysses = config.ring_degree, config.ulysses_degree
+    valid = valid_ulysses_degrees(num_heads, num_kv_heads, config.tensor_parallel_degree)
+    if method == "ring":
+        ulysses = 1 if ulysses == "auto" else ulysses
+    if method == "ulysses":
+        ring = 1 if ring == "auto" else ring
+    if total == "auto":
+        # Nothing says how many ranks: a degree that is not given is 1.
+        ring = 1 if ring == "auto" else ring
+        ulysses = 1 if ulysses == "auto" else ulysses
+        total = ring * ulysses
+    elif ring == "auto" and ulysses == "auto":
+        # Ulysses moves q, k, v and out once; the ring moves kv N-1 times, yet hides it behind the blocks. Fewer bytes
+        # for the ring iff N < 2/3 (1 + G) with G query heads per kv head; hybrid takes the largest valid inner degree.
+        if method == "auto":
+            fits = total in valid and total > 1
+            prefers_ring = total < 2 / 3 * (1 + num_heads / num_kv_heads)
+            ulysses = total if fits and not prefers_ring else 1
+        else:
+            ulysses = max([u for u in valid if total % u == 0 and u < total], default=1)
+        ring = total // ulysses
+    elif ring == "auto":
+        ring = max(1, total // int(ulysses))
+    elif ulysses == "auto":
+        ulysses = max(1, total // int(ring))
+    ring, ulysses = int(ring), int(ulysses)
+    before = len(problems)
+    if ring * ulysses != total:
+        problems.append(
+            Problem(
+                key="context_parallel_degree",
+                rule=f"must be ring x ulysses = {ring} x {ulysses} = {ring * ulysses}",
+                fix="leave it out, or correct ring_degree or ulysses_degree",
+            )
+        )
+    if method == "ring" and ulysses != 1:
+        problems.append(
+            Problem(key="ulysses_degree", rule='the method "ring" needs 1', fix='set context_parallel_method = "hybrid"')
+        )
+    if method == "ulysses" and ring != 1:
+        problems.append(
+            Problem(key="ring_degree", rule='the method "ulysses" needs 1', fix='set context_parallel_method = "hybrid"')
+        )
+    if method == "hybrid" and total > 1 and (ring == 1 or ulysses == 1):
+        problems.append(
+            Problem(
+                key="context_parallel_method",
+                rule=f"hybrid needs a ring and a ulysses degree above 1, here {ring} x {ulysses}",
+                fix="give ring_degree and ulysses_degree, or use auto",
+            )
+        )
+    if ulysses > 1 and ulysses not in valid:
+        problems.append(
+            Problem(
+                key="ulysses_degree",
+                rule=f"{num_heads} heads and {num_kv_heads} kv heads over tensor degree "
+                f"{config.tensor_parallel_degree} allow {_listed(valid)}",
+                fix="or give the rest to ring_degree",
+            )
+        )
+    return (ring, ulysses) if len(problems) == before else None
+
+
+def sequence_multiple(degrees: Degrees) -> int:
+    """What the global sequence length must be a multiple of: zigzag halves each shard, sequence parallel cuts it by tp."""
+    return degrees.context * math.lcm(2, degrees.tp)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommConfig:
+    """Process groups: how long a collective may take before the run is given up."""
+
+    init_timeout_seconds: int = setting(600, "seconds for collectives during start, loading and the first step")
+    train_timeout_seconds: int = setting(600, "seconds for collectives in later steps; must exceed one whole step")
+
+    def problems(self) -> Iterator[Problem]:
+        for key in ("init_timeout_seconds", "train_timeout_seconds"):
+            if getattr(self, key) < 1:
+                yield Problem(key=key, rule="must be a positive number of seconds")
