@@ -1,7 +1,7 @@
 """A session-wide pool of gloo workers, so that a distributed test costs milliseconds instead of an interpreter start.
 
 Workers are children of a fork server that has already imported torch (a plain fork of pytest hangs once OpenMP has run
-in the parent). Each job gets a fresh default process group of exactly the ranks it asked for, over a FileStore: no ports.
+in the parent). Each job gets a default process group of its own, of exactly its ranks, over a FileStore: no ports.
 """
 
 from __future__ import annotations
@@ -73,7 +73,9 @@ class Pool:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(PRELOAD)
         self._workers: list[tuple[Any, multiprocessing.connection.Connection]] = []
-        self._folder = Path(tempfile.mkdtemp(prefix="cptrain-pool-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
+        self._folder = Path(
+            tempfile.mkdtemp(prefix="cptrain-pool-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
+        )
         self._jobs = 0
 
     def run(self, world: int, function: Callable, *args: Any, timeout_s: float = 240, **kwargs: Any) -> list[Any]:

@@ -17,7 +17,9 @@ HEADS = {"mha": (8, 8), "gqa": (8, 2), "mqa": (8, 1)}
 CASES = [(n, r, u) for n, pairs in DEGREES.items() for r, u in pairs]
 
 
-def problem(heads: int, kv_heads: int, *, length: int, batch: int = 2, dim: int = 8, dtype: torch.dtype = torch.float64):
+def problem(
+    heads: int, kv_heads: int, *, length: int, batch: int = 2, dim: int = 8, dtype: torch.dtype = torch.float64
+):
     """Global q, k, v and the output's gradient, the same on every rank."""
     generator = torch.Generator().manual_seed(heads * 100 + kv_heads)
     shapes = [(batch, heads, length, dim), (batch, kv_heads, length, dim), (batch, kv_heads, length, dim)]
@@ -46,9 +48,7 @@ def plan(ring: int, ulysses: int, layout: str = "zigzag") -> ContextParallel:
 
 
 def check_every_case(rank: int, world: int, ring: int, ulysses: int) -> None:
-    for layout, causal, (heads, kv_heads) in itertools.product(
-        ("zigzag", "contiguous"), (True, False), HEADS.values()
-    ):
+    for layout, causal, (heads, kv_heads) in itertools.product(("zigzag", "contiguous"), (True, False), HEADS.values()):
         inputs = problem(heads, kv_heads, length=12 * world)
         expected = single_process(*inputs, causal=causal)
         actual = sharded(plan(ring, ulysses, layout), *inputs, causal=causal)

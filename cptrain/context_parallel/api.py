@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -14,8 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from cptrain.context_parallel import dispatch
-from cptrain.context_parallel.layout import LAYOUTS, Layout, contiguous
-from cptrain.context_parallel.ring import encode_layout, ring_attention
+from cptrain.context_parallel.layout import LAYOUTS, Layout, make_layout
+from cptrain.context_parallel.ring import ring_attention
 from cptrain.context_parallel.ulysses import heads_to_sequence, replicate_kv_heads, sequence_to_heads
 from cptrain.distributed.settings import valid_ulysses_degrees
 from cptrain.distributed.transport import warm_up
@@ -60,7 +59,9 @@ class ContextParallel:
             (ring > 1, ulysses > 1), self.method
         )
         if self.method not in ("auto", actual):
-            raise ValueError(f'method = "{self.method}": ring degree {ring} and ulysses degree {ulysses} make "{actual}"')
+            raise ValueError(
+                f'method = "{self.method}": ring degree {ring} and ulysses degree {ulysses} make "{actual}"'
+            )
         derived: dict[str, Any] = {
             "method": actual,
             "ring_degree": ring,
@@ -126,9 +127,8 @@ class ContextParallel:
         if self.ulysses_degree > 1:
             k, v = (replicate_kv_heads(x, self.ulysses_degree) for x in (k, v))
             q, k, v = (sequence_to_heads(x, self._heads_group) for x in (q, k, v))
-        layout = self._layout(q.size(SEQUENCE_DIM) * self.ring_degree)
         scale = 1 / math.sqrt(q.size(-1)) if scale is None else scale
-        out, _, _ = ring_attention(q, k, v, encode_layout(layout), is_causal, scale, self._kv_group, self._grad_group)
+        out, _, _ = ring_attention(q, k, v, self.layout, is_causal, scale, self._kv_group, self._grad_group)
         return heads_to_sequence(out, self._heads_group) if self.ulysses_degree > 1 else out
 
     def apply(self, model: nn.Module, *, modules: str) -> list[str]:
@@ -151,14 +151,15 @@ class ContextParallel:
 
     def _layout(self, length: int) -> Layout:
         """How the ring cuts a sequence of `length`; each shard is then cut evenly by ulysses."""
-        return _layout(self.layout if self.ring_degree > 1 else "contiguous", self.ring_degree, length)
+        return make_layout(self.layout, self.ring_degree, length)
 
     def _indices(self, length: int) -> torch.Tensor:
         """Global positions of this rank's tokens, in local order."""
         if length % self.degree:
+            below, above = length // self.degree * self.degree, -(-length // self.degree) * self.degree
             raise ValueError(
                 f"a sequence of {length} tokens does not divide over {self.degree} ranks; "
-                f"the nearest lengths are {length // self.degree * self.degree} and {-(-length // self.degree) * self.degree}"
+                f"the nearest lengths are {below} and {above}"
             )
         rank = 0
         for axis in self._axes:
@@ -196,11 +197,15 @@ class ContextParallel:
         local = []
         for name, x in (("q", q), ("k", k), ("v", v)):
             if not isinstance(x, DTensor):
-                raise ValueError(f"{name} is a plain tensor while another of q, k, v is a DTensor; make all of them one kind")
+                raise ValueError(
+                    f"{name} is a plain tensor while another of q, k, v is a DTensor; make all of them one kind"
+                )
             axes = x.device_mesh.mesh_dim_names or ()
             missing = [axis for axis in self._axes if axis not in axes]
             if missing:
-                raise ValueError(f"{name} is a DTensor on the axes {axes}; the sequence is cut over {', '.join(missing)}")
+                raise ValueError(
+                    f"{name} is a DTensor on the axes {axes}; the sequence is cut over {', '.join(missing)}"
+                )
             for axis, placement in zip(axes, x.placements, strict=True):
                 allowed = [Shard(SEQUENCE_DIM)] if axis in self._axes else [Replicate(), Shard(0), Shard(HEAD_DIM)]
                 if placement not in allowed:
@@ -211,8 +216,3 @@ class ContextParallel:
         assert isinstance(q, DTensor)
         out = self.attention(*local, is_causal=is_causal, scale=scale)
         return DTensor.from_local(out, q.device_mesh, q.placements, run_check=False)
-
-
-@lru_cache(maxsize=64)
-def _layout(name: str, num_ranks: int, length: int) -> Layout:
-    return LAYOUTS[name](num_ranks, length) if num_ranks > 1 else contiguous(1, length)

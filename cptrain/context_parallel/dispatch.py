@@ -22,16 +22,16 @@ Attention = Callable[..., torch.Tensor]
 
 
 class AttentionMode(TorchFunctionMode):
-    """While active, sends calls of `F.scaled_dot_product_attention` to `attention` and counts them."""
+    """While active, sends `F.scaled_dot_product_attention` to `attention`, and remembers that it was called."""
 
     def __init__(self, attention: Attention) -> None:
         super().__init__()
         self.attention = attention
-        self.num_calls = 0
+        self.reached = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
-            self.num_calls += 1
+            self.reached = True
             return _replace(self.attention, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
@@ -59,7 +59,7 @@ def _replace(
         )
     if query.size(1) != key.size(1) and not enable_gqa:
         raise ValueError(
-            f"{query.size(1)} query heads and {key.size(1)} kv heads need enable_gqa=True, as without context parallelism"
+            f"{query.size(1)} query heads and {key.size(1)} kv heads need enable_gqa=True, as on one device"
         )
     return attention(query, key, value, is_causal=is_causal, scale=scale)
 
@@ -76,7 +76,7 @@ def apply(model: nn.Module, *, modules: str, attention: Attention) -> list[str]:
         hint = f"; modules with att in their name: {', '.join(kinds[:8])}" if kinds else ""
         raise ValueError(f'modules = "{modules}" matches no module of {type(model).__name__}{hint}')
     for name, module in matched.items():
-        if isinstance(getattr(module.forward, "attention_mode", None), AttentionMode):
+        if getattr(module.forward, "is_context_parallel", False):
             raise ValueError(f"{name} is context parallel already")
         inside = [other for other in matched if other.startswith(name + ".")]
         if inside:
@@ -88,18 +88,19 @@ def apply(model: nn.Module, *, modules: str, attention: Attention) -> list[str]:
 
 def _wrap(name: str, module: nn.Module, attention: Attention) -> None:
     original = module.forward
-    mode = AttentionMode(attention)
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
+        # A mode of this call's own: torch.compile then sees no state that outlives the call.
+        mode = AttentionMode(attention)
         with mode:
             result = original(*args, **kwargs)
-        if mode.num_calls == 0:
+        if not mode.reached:
             raise RuntimeError(
                 f"{name} was made context parallel, but its forward never called F.scaled_dot_product_attention: "
                 "each rank would attend to its own shard only"
             )
         return result
 
-    forward.attention_mode = mode  # type: ignore[attr-defined]
+    forward.is_context_parallel = True  # type: ignore[attr-defined]
     module.forward = forward  # type: ignore[method-assign]

@@ -1,9 +1,10 @@
 """One block of attention on one device: forward to (out, lse), backward from the final out and lse.
 
 [Note: blocks of one softmax]
-A row's softmax runs over all its blocks. Forward gives each block its own normalised output and log-sum-exp, and `merge`
-folds them. Backward gets the *final* out and lse for every block: p = exp(s - lse) is then the true probability, and
-delta = rowsum(dout * out) the true correction. Block-local values would give wrong gradients without any error.
+A row's softmax runs over all its blocks. Forward gives each block its own normalised output and log-sum-exp, and
+`merge` folds them. Backward gets the *final* out and lse for every block: p = exp(s - lse) is then the true
+probability, and delta = rowsum(dout * out) the true correction. Block-local values would give wrong gradients without
+any error.
 
 This file and `cptrain.distributed` hold every private torch symbol of the project.
 """
@@ -19,7 +20,9 @@ import torch
 
 aten = torch.ops.aten
 
-ROWS_PER_TILE = 1024  # query rows the reference kernel scores at once: it never holds more than this many rows of scores
+ROWS_PER_TILE = (
+    1024  # query rows the reference kernel scores at once: it never holds more than this many rows of scores
+)
 
 
 @dataclass(frozen=True)
@@ -53,9 +56,7 @@ def _cpu_backward(
     causal: bool,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        dout, q, k, v, out, lse, 0.0, causal, scale=scale
-    )
+    return aten._scaled_dot_product_flash_attention_for_cpu_backward(dout, q, k, v, out, lse, 0.0, causal, scale=scale)
 
 
 def _cuda_forward(
@@ -175,7 +176,7 @@ def merge(out: torch.Tensor, lse: torch.Tensor, block_out: torch.Tensor, block_l
 
     Shapes: out, block_out [B, H, T, D]; lse, block_lse [B, H, T]. Accumulators are fp32 (fp64 in, fp64 kept).
     A row that has seen no key carries lse = -inf and out = 0, and stays so until a block shows it one.
-    Source: online softmax, arXiv:1805.02867, with the block's weight as sigmoid(block_lse - lse): no exp that overflows.
+    Source: online softmax, arXiv:1805.02867, with the block's weight sigmoid(block_lse - lse), which cannot overflow.
     """
     # -inf - -inf is NaN where neither side has seen a key: the weight is then 0 and the row stays as it is.
     weight = torch.sigmoid(block_lse - lse).nan_to_num_(nan=0.0)

@@ -16,7 +16,7 @@ import torch
 
 @dataclass(frozen=True)
 class Layout:
-    """Chunk `chunks[r][i]` of the global sequence is the i-th chunk that rank r holds; each is `chunk_size` tokens long.
+    """Chunk `chunks[r][i]` of the global sequence is the i-th chunk of rank r; each is `chunk_size` tokens long.
 
     Raises ValueError unless the chunks are a permutation dealt evenly, in rising order on every rank (a rank that kept
     its chunks out of order could not run its own causal block as one kernel).
@@ -30,7 +30,9 @@ class Layout:
         if sorted(dealt) != list(range(len(dealt))):
             raise ValueError(f"chunks must hold every index once, got {self.chunks}")
         if len({len(shard) for shard in self.chunks}) != 1:
-            raise ValueError("every rank must hold the same number of chunks, got " + str([len(s) for s in self.chunks]))
+            raise ValueError(
+                "every rank must hold the same number of chunks, got " + str([len(s) for s in self.chunks])
+            )
         if any(list(shard) != sorted(shard) for shard in self.chunks):
             raise ValueError(f"every rank must hold its chunks in rising order, got {self.chunks}")
 
@@ -79,8 +81,9 @@ def contiguous(num_ranks: int, length: int) -> Layout:
 
 
 def zigzag(num_ranks: int, length: int) -> Layout:
-    """Rank r holds pieces r and 2N-1-r of 2N: even work under a causal mask. Raises ValueError unless 2N divides `length`.
+    """Rank r holds pieces r and 2N-1-r of 2N, which is even work under a causal mask.
 
+    Raises ValueError unless 2N divides `length`.
     Source: zigzag ring attention (zhuzilin/ring-flash-attention), Llama 3 (arXiv:2407.21783 section 3.3.2).
     """
     return Layout(
@@ -92,9 +95,16 @@ def zigzag(num_ranks: int, length: int) -> Layout:
 LAYOUTS = {"contiguous": contiguous, "zigzag": zigzag}
 
 
+def make_layout(name: str, num_ranks: int, length: int) -> Layout:
+    """The layout of this name. One rank holds everything in order, at any length."""
+    return LAYOUTS[name](num_ranks, length) if num_ranks > 1 else contiguous(1, length)
+
+
 def _chunk_size(length: int, pieces: int, name: str) -> int:
     if length % pieces or length == 0:
         below, above = length // pieces * pieces, (length // pieces + 1) * pieces
         nearest = f"{below} or {above}" if below else str(above)
-        raise ValueError(f"a {name} layout needs a sequence length that is a multiple of {pieces}, got {length}; try {nearest}")
+        raise ValueError(
+            f"a {name} layout needs a sequence length that is a multiple of {pieces}, got {length}; try {nearest}"
+        )
     return length // pieces

@@ -12,7 +12,7 @@ class Mask:
     causal: bool
 
     def visible(self, query: int, key: int) -> bool:
-        """Whether the query at this global position sees the key at that one: the definition that schedules must meet."""
+        """Whether the query at this global position sees the key at that one: what schedules must meet."""
         return key <= query or not self.causal
 
 

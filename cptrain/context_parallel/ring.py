@@ -24,7 +24,7 @@ from functools import lru_cache
 import torch
 
 from cptrain.context_parallel.kernels import choose_kernel, merge
-from cptrain.context_parallel.layout import Layout
+from cptrain.context_parallel.layout import make_layout
 from cptrain.context_parallel.mask import Mask
 from cptrain.context_parallel.schedule import Hop, ring_schedule
 from cptrain.distributed.transport import Rotation, group_rank, group_size
@@ -36,20 +36,8 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 @lru_cache(maxsize=64)
-def _hops(layout: list[int] | tuple[int, ...], causal: bool, rank: int) -> tuple[Hop, ...]:
-    return ring_schedule(decode_layout(layout), Mask(causal=causal), rank)
-
-
-def encode_layout(layout: Layout) -> list[int]:
-    """A layout as the integers that an operator can carry: chunk size, ranks, then every rank's chunks."""
-    return [layout.chunk_size, layout.num_ranks, *(chunk for shard in layout.chunks for chunk in shard)]
-
-
-def decode_layout(encoded: list[int] | tuple[int, ...]) -> Layout:
-    """The layout that `encode_layout` gave these integers for."""
-    chunk_size, num_ranks, *chunks = encoded
-    each = len(chunks) // num_ranks
-    return Layout(chunk_size, tuple(tuple(chunks[r * each : (r + 1) * each]) for r in range(num_ranks)))
+def _hops(layout: str, num_ranks: int, length: int, causal: bool, rank: int) -> tuple[Hop, ...]:
+    return ring_schedule(make_layout(layout, num_ranks, length), Mask(causal=causal), rank)
 
 
 def _pack(k: torch.Tensor, v: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -62,7 +50,7 @@ def _pack(k: torch.Tensor, v: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _unpack(message: torch.Tensor, k_shape: torch.Size, v_shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
-    """Views of k [B, Hk, T, Dk] and v [B, Hk, T, Dv] in a flat message, each stored [B, T, Hk, D] as projections are."""
+    """Views of k [B, Hk, T, Dk] and v [B, Hk, T, Dv] in a flat message, stored [B, T, Hk, D] as projections are."""
     num_k = k_shape.numel()
     return _as_heads(message[:num_k], k_shape), _as_heads(message[num_k:], v_shape)
 
@@ -83,7 +71,7 @@ def ring_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    layout: list[int],
+    layout: str,
     causal: bool,
     scale: float,
     kv_group: str,
@@ -96,7 +84,7 @@ def ring_attention(
     """
     kernel = choose_kernel(q.device.type, q.dtype)
     rank, size = group_rank(kv_group), group_size(kv_group)
-    hops = _hops(tuple(layout), causal, rank)
+    hops = _hops(layout, size, size * q.size(2), causal, rank)
     wide = accumulator_dtype(q.dtype)
     held = _pack(k, v, k.dtype) if size > 1 else k.new_empty(0)
     spare = torch.empty_like(held)
@@ -136,7 +124,7 @@ def _stored_by_token(x: torch.Tensor) -> torch.Tensor:
 def _(q, k, v, layout, causal, scale, kv_group, grad_group):  # type: ignore[no-untyped-def]
     out = _new_heads(q, q.dtype, v.size(-1))
     lse = q.new_empty(q.shape[:3], dtype=accumulator_dtype(q.dtype))
-    last = k.new_empty(k.numel() + v.numel() if layout[1] > 1 else 0)
+    last = k.new_empty(k.numel() + v.numel() if group_size(kv_group) > 1 else 0)
     return out, lse, last
 
 
@@ -149,7 +137,7 @@ def ring_attention_backward(
     out: torch.Tensor,
     lse: torch.Tensor,
     last: torch.Tensor,
-    layout: list[int],
+    layout: str,
     causal: bool,
     scale: float,
     kv_group: str,
@@ -158,17 +146,21 @@ def ring_attention_backward(
     """dq, dk, dv of `ring_attention`, shaped and typed as q, k, v; see [Note: the way back]."""
     kernel = choose_kernel(q.device.type, q.dtype)
     rank, size = group_rank(kv_group), group_size(kv_group)
-    hops = _hops(tuple(layout), causal, rank)[::-1]
+    if size == 1:
+        dq_, dk_, dv_ = kernel.backward(dout, q, k, v, out, lse, causal, scale)
+        return _stored_by_token(dq_), _stored_by_token(dk_), _stored_by_token(dv_)
+    hops = _hops(layout, size, size * q.size(2), causal, rank)[::-1]
     wide = accumulator_dtype(q.dtype)
-    # The operator may not write into `last`; the second buffer is made when the first message needs one.
-    held, spare = last, torch.empty_like(last) if size > 2 else last
-    rotation = Rotation(kv_group, step=-1) if size > 1 else None
-    grad_rotation = Rotation(grad_group, step=-1) if size > 1 else None
-    dq: torch.Tensor | None = None
-    dkv = dkv_spare = torch.empty(0)
+    rotation, grad_rotation = Rotation(kv_group, step=-1), Rotation(grad_group, step=-1)
+    # Three key buffers at the most: `last` is the operator's input, so nothing may be received into it.
+    held, spare = last, None
+    dq = None
+    dkv = torch.zeros(k.numel() + v.numel(), dtype=wide, device=k.device)
+    dkv_spare = torch.empty_like(dkv)
     for index, hop in enumerate(hops):
-        fetch = rotation is not None and index < size - 2  # the rank's own keys come last and are here already
-        if rotation and fetch:
+        fetch = index < size - 2  # the rank's own keys come last and are here already
+        if fetch:
+            spare = torch.empty_like(last) if spare is None or spare is last else spare
             rotation.post(send=held, receive=spare)
         own = hop.source == rank
         keys, values = (k, v) if own else _unpack(held, k.shape, v.shape)
@@ -191,10 +183,7 @@ def ring_attention_backward(
                 dq = _new_heads(q, wide).zero_() if dq is None else dq
                 dq[:, :, rows] += block_dq
             grads.append((columns, block_dk, block_dv))
-        if index == 0:
-            dkv = torch.zeros(k.numel() + v.numel(), dtype=wide, device=k.device)
-            dkv_spare = torch.empty_like(dkv) if size > 1 else dkv
-        elif grad_rotation:
+        if index > 0:
             # What the previous holder summed for this source; it travelled while this hop's blocks ran.
             grad_rotation.wait()
             dkv, dkv_spare = dkv_spare, dkv
@@ -202,12 +191,11 @@ def ring_attention_backward(
         for columns, block_dk, block_dv in grads:
             dk[:, :, columns] += block_dk
             dv[:, :, columns] += block_dv
-        if grad_rotation and index < size - 1:
+        if index < size - 1:
             grad_rotation.post(send=dkv, receive=dkv_spare)
-        if rotation and fetch:
+        if fetch and spare is not None:
             rotation.wait()
-            # The buffer just sent is free for the next message, unless it is the operator's input.
-            held, spare = spare, held if held is not last else torch.empty_like(last)
+            held, spare = spare, held
     assert dq is not None, "a schedule has at least the rank's own block"
     dk, dv = _unpack(dkv, k.shape, v.shape)
     # Copies, since outputs of an operator may not share one buffer.

@@ -10,7 +10,6 @@ Ulysses has one source that holds the whole sequence. A schedule is therefore ch
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple
 
 from cptrain.context_parallel.layout import Layout
@@ -44,9 +43,8 @@ class Hop:
     blocks: tuple[Block, ...]
 
 
-@lru_cache(maxsize=1024)
 def ring_schedule(layout: Layout, mask: Mask, rank: int) -> tuple[Hop, ...]:
-    """The hops of `rank`: at hop i it holds the keys of rank - i. All ranks make all hops, also those without blocks."""
+    """The hops of `rank`: at hop i it holds the keys of rank - i. All ranks make all hops, also without blocks."""
     size = layout.num_ranks
     sources = [(rank - hop) % size for hop in range(size)]
     return tuple(Hop(source, blocks(layout, mask, rank, source)) for source in sources)
@@ -79,7 +77,9 @@ def _joined(found: list[Block]) -> tuple[Block, ...]:
             along_keys.append(block)
     along_queries: list[Block] = []
     for block in along_keys:
-        above = next((i for i, b in enumerate(along_queries) if b.q_stop == block.q_start and b[2:4] == block[2:4]), None)
+        above = next(
+            (i for i, b in enumerate(along_queries) if b.q_stop == block.q_start and b[2:4] == block[2:4]), None
+        )
         if above is None:
             along_queries.append(block)
         else:

@@ -1,8 +1,9 @@
-"""Ulysses: an all-to-all turns a shard of the sequence with all heads into the whole sequence with a share of the heads.
+"""Ulysses: an all-to-all turns a shard of the sequence with all heads into the whole sequence with some of the heads.
 
 As DTensor placements this is Shard(sequence) -> Shard(heads) and back. It is written as two operators, each the other's
-gradient, rather than as a redistribution, so that selective activation checkpointing can keep the result and torch.compile
-sees one call; tensors stay [B, T, H, D] in memory on both sides, which for one sequence makes the receiving side a view.
+gradient, rather than as a redistribution, so that selective activation checkpointing can keep the result and
+torch.compile sees one call. Tensors stay [B, T, H, D] in memory on both sides, which for one sequence makes the
+receiving side a view.
 
 Source: DeepSpeed-Ulysses, arXiv:2309.14509.
 """

@@ -43,12 +43,10 @@ class Meshes:
     @property
     def data_rank(self) -> int:
         """Which sequences this rank reads, in [0, degrees.data): equal for all context and tensor peers."""
-        return (
-            self.batch.get_local_rank("dp_replicate") * self.degrees.dp_shard + self.batch.get_local_rank("dp_shard")
-        )
+        return self.batch.get_local_rank("dp_replicate") * self.degrees.dp_shard + self.batch.get_local_rank("dp_shard")
 
     def sum_over_batch(self, values: torch.Tensor) -> torch.Tensor:
-        """`values` summed in place over all ranks that hold different tokens; tensor peers hold the same and do not add."""
+        """`values` summed in place over all ranks that hold different tokens (tensor peers hold the same)."""
         return self._reduce_over_batch(values, dist.ReduceOp.SUM)
 
     def max_over_batch(self, values: torch.Tensor) -> torch.Tensor:

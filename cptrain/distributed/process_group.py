@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 
 from cptrain.distributed.settings import CommConfig
+
+Result = TypeVar("Result")
 
 
 def world_size_from_environment() -> int:
@@ -49,3 +53,23 @@ def local_device() -> torch.device:
     local_rank = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+def set_timeouts(seconds: int) -> None:
+    """From now on, a collective of any group of this process may take `seconds`."""
+    for group in list(_world.pg_map):
+        _set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+def first_rank_result(work: Callable[[], Result]) -> Result:
+    """What `work` returns on rank 0, on all ranks; its ValueError or RuntimeError is raised on all ranks alike."""
+    outcome: list[object] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome = [work(), None]
+        except (ValueError, RuntimeError) as error:
+            outcome = [None, error]
+    dist.broadcast_object_list(outcome, src=0)
+    if isinstance(outcome[1], Exception):
+        raise outcome[1]
+    return outcome[0]  # type: ignore[return-value]

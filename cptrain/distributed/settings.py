@@ -35,6 +35,9 @@ class ParallelismConfig:
         "zigzag", "which tokens a rank holds; zigzag balances causal attention"
     )
     tensor_parallel_degree: int = setting(1, "ranks that share each weight matrix (Megatron TP + sequence parallel)")
+    fsdp_reshard_after_forward: bool = setting(
+        True, "free a block's gathered parameters after its forward; false gathers once a step and keeps them"
+    )
 
     def problems(self) -> Iterator[Problem]:
         """Everything wrong that can be seen without the world size or the model."""
@@ -99,7 +102,7 @@ def resolve_degrees(
     tp, replicate = config.tensor_parallel_degree, config.data_parallel_replicate_degree
     split = _split_context(config, num_heads=num_heads, num_kv_heads=num_kv_heads, problems=found)
     if num_heads % tp or num_kv_heads % tp:
-        both = [d for d in divisors(math.gcd(num_heads, num_kv_heads))]
+        both = divisors(math.gcd(num_heads, num_kv_heads))
         found.append(
             Problem(
                 key="tensor_parallel_degree",
@@ -164,11 +167,11 @@ def _split_context(
             ulysses = total if fits and not prefers_ring else 1
         else:
             ulysses = max([u for u in valid if total % u == 0 and u < total], default=1)
-        ring = total // ulysses
+        ring = int(total) // int(ulysses)
     elif ring == "auto":
-        ring = max(1, total // int(ulysses))
+        ring = max(1, int(total) // int(ulysses))
     elif ulysses == "auto":
-        ulysses = max(1, total // int(ring))
+        ulysses = max(1, int(total) // int(ring))
     ring, ulysses = int(ring), int(ulysses)
     before = len(problems)
     if ring * ulysses != total:
@@ -181,11 +184,15 @@ def _split_context(
         )
     if method == "ring" and ulysses != 1:
         problems.append(
-            Problem(key="ulysses_degree", rule='the method "ring" needs 1', fix='set context_parallel_method = "hybrid"')
+            Problem(
+                key="ulysses_degree", rule='the method "ring" needs 1', fix='set context_parallel_method = "hybrid"'
+            )
         )
     if method == "ulysses" and ring != 1:
         problems.append(
-            Problem(key="ring_degree", rule='the method "ulysses" needs 1', fix='set context_parallel_method = "hybrid"')
+            Problem(
+                key="ring_degree", rule='the method "ulysses" needs 1', fix='set context_parallel_method = "hybrid"'
+            )
         )
     if method == "hybrid" and total > 1 and (ring == 1 or ulysses == 1):
         problems.append(
@@ -208,7 +215,7 @@ def _split_context(
 
 
 def sequence_multiple(degrees: Degrees) -> int:
-    """What the global sequence length must be a multiple of: zigzag halves each shard, sequence parallel cuts it by tp."""
+    """What divides the global sequence length: zigzag halves each shard, sequence parallel cuts it by tp."""
     return degrees.context * math.lcm(2, degrees.tp)
 
 

@@ -12,7 +12,7 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 
 def resolve(group_name: str) -> dist.ProcessGroup:
     """The process group of this name."""
-    return _resolve_process_group(group_name)
+    return _resolve_process_group(group_name)  # type: ignore[arg-type]
 
 
 def group_size(group_name: str) -> int:
@@ -63,7 +63,7 @@ class Rotation:
 
 
 def all_to_all(group_name: str, send: torch.Tensor) -> torch.Tensor:
-    """Slice p of the result is what rank p sent here: slice r of its `send`. Shapes [P, ...] -> [P, ...], contiguous."""
+    """Slice p of the result is what rank p sent here: slice r of its `send`. Shape [P, ...], contiguous."""
     receive = torch.empty_like(send)
     dist.all_to_all_single(receive, send, group=resolve(group_name))
     return receive

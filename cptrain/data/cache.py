@@ -1,0 +1,69 @@
+"""Folders that appear complete or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+_ABANDONED_AFTER_S = 24 * 3600.0
+
+
+def cache_folder(cache_dir: str) -> Path:
+    """The folder `data.cache_dir` stands for."""
+    if cache_dir != "auto":
+        return Path(cache_dir).expanduser().absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cptrain"
+
+
+def publish(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Make `folder` with what `fill` writes into the folder it is given, unless it is there already.
+
+    `fill` writes beside, under a name of its own; the rename comes last. So a crash leaves no half-made `folder`, and
+    of several processes that make the same one, one wins and the others throw theirs away.
+    """
+    if folder.is_dir():
+        return
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(folder)
+        temporary = folder.parent / f"{folder.name}.tmp-{uuid.uuid4().hex}"
+        temporary.mkdir()
+    except OSError as error:
+        raise RuntimeError(
+            f"{folder.parent}: {error.strerror}; set data.cache_dir to a folder you may write"
+        ) from error
+    try:
+        fill(temporary)
+        for path in [*temporary.iterdir(), temporary]:
+            _sync(path)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+        _sync(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove what a killed process left of the same folder. One at work has written within the last day."""
+    for path in folder.parent.glob(f"{folder.name}.tmp-*"):
+        try:
+            newest = max(part.stat().st_mtime for part in [path, *path.iterdir()])
+        except OSError:  # its owner has just renamed it
+            continue
+        if time.time() - newest > _ABANDONED_AFTER_S:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

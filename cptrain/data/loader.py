@@ -1,0 +1,165 @@
+"""Batches for one data-parallel coordinate: endless ones for training, a fixed set for validation.
+
+[Note: who reads which sample]
+Ranks that share a data-parallel coordinate (the context and tensor parallel peers) pass the same `dp_rank` and get the
+same batches. Sample j of micro-batch m of coordinate d at step s, counted from `start_index`, is global index
+
+    start_index + s * global_batch_size + (m * dp_degree + d) * local_batch_size + j
+
+so a step reads one run of global indices whatever the number of ranks, and one integer, the same on all of them, says
+where to go on.
+"""
+
+from __future__ import annotations
+
+import signal
+import warnings
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch.utils.data import default_collate
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from cptrain.data.windows import IGNORE, Windows
+
+Batch = dict[str, torch.Tensor]
+
+
+class _Indices:
+    """The global indices of each micro-batch, without end. See [Note: who reads which sample]."""
+
+    def __init__(self, first: int, *, local_batch_size: int, dp_degree: int) -> None:
+        self.first = first
+        self.local_batch_size = local_batch_size
+        self.dp_degree = dp_degree
+
+    def __iter__(self) -> Iterator[list[int]]:
+        begin = self.first
+        while True:
+            yield list(range(begin, begin + self.local_batch_size))
+            begin += self.local_batch_size * self.dp_degree
+
+
+class TrainBatches:
+    """Micro-batches for training, endless; `micro_batches` of them are one step.
+
+    Each is a dict of int64 [local_batch_size, seq_len] (see `Windows.window`).
+    start_index: the global index at which to go on, 0 for a fresh start, else what `next_index` said.
+    num_workers, prefetch_factor: see `DataConfig`. The batches do not depend on them.
+    ValueError if local_batch_size * dp_degree does not divide global_batch_size.
+    """
+
+    def __init__(
+        self,
+        windows: Windows,
+        *,
+        start_index: int,
+        global_batch_size: int,
+        local_batch_size: int,
+        dp_rank: int,
+        dp_degree: int,
+        num_workers: int = 0,
+        prefetch_factor: int = 2,
+    ) -> None:
+        _check_place(local_batch_size, dp_rank, dp_degree)
+        together = local_batch_size * dp_degree
+        if global_batch_size < 1 or global_batch_size % together:
+            raise ValueError(
+                f"training.global_batch_size = {global_batch_size}: must be a multiple of training.local_batch_size = "
+                f"{local_batch_size} x {dp_degree} data-parallel ranks; "
+                f"set it to {max(1, -(-global_batch_size // together)) * together}"
+            )
+        if start_index < 0:
+            raise ValueError(f"start_index = {start_index}: must not be negative")
+        self.micro_batches = global_batch_size // together
+        self._start_index = start_index
+        self._global_batch_size = global_batch_size
+        self._taken = 0
+        first = start_index + dp_rank * local_batch_size
+        with warnings.catch_warnings():
+            # torchdata 0.11 calls torch.set_vital, which torch 2.13 deprecates and ignores.
+            warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
+            self._loader: StatefulDataLoader | None = StatefulDataLoader(
+                windows,
+                batch_sampler=_Indices(first, local_batch_size=local_batch_size, dp_degree=dp_degree),
+                num_workers=num_workers,
+                prefetch_factor=prefetch_factor if num_workers else None,
+                # A forked child of a process with gloo and OpenMP threads may hang; a fork server dies of the SIGTERM
+                # that a batch system sends to every process, and the workers with it.
+                multiprocessing_context="spawn" if num_workers else None,
+                worker_init_fn=_ignore_signals,
+                snapshot_every_n_steps=0,  # next_index is all the state there is
+                generator=torch.Generator(),  # else the loader draws a seed from the generator of the training
+            )
+        self._batches: Iterator[Batch] | None = None
+
+    def __iter__(self) -> TrainBatches:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._loader is None:
+            raise RuntimeError("these batches are closed")
+        if self._batches is None:
+            self._batches = iter(self._loader)
+        batch = next(self._batches)
+        self._taken += 1
+        return batch
+
+    @property
+    def next_index(self) -> int:
+        """The global index at which the next step begins, for a checkpoint. RuntimeError in the middle of a step."""
+        steps, within = divmod(self._taken, self.micro_batches)
+        if within:
+            raise RuntimeError(
+                f"{within} of {self.micro_batches} micro-batches of this step are taken: finish the step first"
+            )
+        return self._start_index + steps * self._global_batch_size
+
+    def close(self) -> None:
+        """Stop the worker processes."""
+        self._batches = self._loader = None
+
+
+def _ignore_signals(_worker: int) -> None:
+    """Leave the signals that end a run to the rank: it still needs batches for its last step, then stops them."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def validation_batches(
+    windows: Windows,
+    *,
+    local_batch_size: int,
+    dp_rank: int,
+    dp_degree: int,
+    num_windows: int | Literal["all"] = "all",
+) -> Iterator[Batch]:
+    """Batches that cover windows 0 .. num_windows - 1 once over all data-parallel ranks, in the order of the text.
+
+    Every rank gets the same number of batches of int64 [local_batch_size, seq_len]: where the windows run out, a batch
+    is filled up with window 0 with every label IGNORE. num_windows is capped at what there is.
+    """
+    _check_place(local_batch_size, dp_rank, dp_degree)
+    total = len(windows) if num_windows == "all" else min(num_windows, len(windows))
+    if total < 1:
+        raise ValueError(f"num_windows = {num_windows}: must be positive")
+    firsts = range(dp_rank * local_batch_size, total + dp_rank * local_batch_size, local_batch_size * dp_degree)
+    return (
+        default_collate([_window_or_padding(windows, first + row, total) for row in range(local_batch_size)])
+        for first in firsts
+    )
+
+
+def _check_place(local_batch_size: int, dp_rank: int, dp_degree: int) -> None:
+    if local_batch_size < 1:
+        raise ValueError(f"local_batch_size = {local_batch_size}: must be positive")
+    if not 0 <= dp_rank < dp_degree:
+        raise ValueError(f"dp_rank = {dp_rank}: must be in range({dp_degree}), the data-parallel degree")
+
+
+def _window_or_padding(windows: Windows, number: int, total: int) -> Batch:
+    if number < total:
+        return windows.window(number)
+    padding = windows.window(0)
+    return {**padding, "labels": torch.full_like(padding["labels"], IGNORE)}

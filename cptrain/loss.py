@@ -1,0 +1,90 @@
+"""The training loss: cross entropy of the output projection, summed over valid tokens, never holding all logits.
+
+[Note: logits in chunks]
+Logits are the largest tensor of a long-context step (16K tokens of a 128K vocabulary are 8 GiB in fp32). They are made
+for a chunk of tokens at a time, turned into the loss and its gradients in place, and dropped. Gradients are computed in
+the forward pass: the loss is a sum, so the backward pass only multiplies them by one number, and nothing is recomputed.
+Under tensor parallel each rank holds a slice of the vocabulary; two small reductions per chunk make the softmax whole.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial, Replicate
+
+IGNORED = -100
+CHUNK_ELEMENTS = 2**22  # logits at a time: 16 MiB in fp32 stays in a CPU's cache
+CHUNK_TOKENS = 1024  # but no fewer tokens than keep a matrix product busy
+
+
+def cross_entropy_sum(hidden: Tensor, output: nn.Linear, labels: Tensor) -> Tensor:
+    """Sum over labels != -100 of the cross entropy of `output(hidden)`, in fp32 (fp64 for fp64), as a scalar.
+
+    Shapes: hidden [B, T, E], labels [B, T] already shifted. Under tensor parallel hidden is a DTensor cut along T and
+    output.weight one cut along the vocabulary; the sum is then the same on every rank of the axis.
+    """
+    weight, group, first = output.weight, None, 0
+    if isinstance(weight, DTensor):
+        mesh = weight.device_mesh
+        assert isinstance(hidden, DTensor)
+        group = mesh.get_group()
+        first = mesh.get_local_rank() * -(-weight.size(0) // mesh.size())
+        # Each rank's slice of the vocabulary gives a part of the gradient of all tokens.
+        hidden = hidden.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+        weight = weight.to_local()
+    return _CrossEntropySum.apply(hidden.flatten(0, 1), weight, labels.flatten(), first, group)
+
+
+class _CrossEntropySum(torch.autograd.Function):
+    """[N, E], [V, E], [N] -> (); `first` is the vocabulary index of the first row of the weight here."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, first: int, group: dist.ProcessGroup | None
+    ) -> Tensor:
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        total = torch.zeros((), dtype=wide, device=hidden.device)
+        dhidden = torch.empty_like(hidden) if needs_grad else None
+        # Summed over chunks in fp32 whatever the weight's dtype; rounded once, at the end.
+        dweight = torch.zeros_like(weight, dtype=wide) if needs_grad else None
+        step = max(CHUNK_TOKENS, CHUNK_ELEMENTS // weight.size(0))
+        for start in range(0, hidden.size(0), step):
+            h, y = hidden[start : start + step], labels[start : start + step]
+            valid = y != IGNORED
+            logits = F.linear(h, weight).to(wide)
+            largest = logits.amax(-1)
+            if group is not None:
+                dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+            here = valid & (y >= first) & (y < first + weight.size(0))
+            column = torch.where(here, y - first, 0).unsqueeze(-1)
+            logits -= largest.unsqueeze(-1)
+            sums = torch.stack((logits.gather(-1, column).squeeze(-1) * here, logits.exp_().sum(-1)))
+            if group is not None:
+                dist.all_reduce(sums, group=group)
+            target, denominator = sums
+            total += torch.where(valid, denominator.log() - target, 0).sum()
+            if dhidden is not None and dweight is not None:
+                # d loss / d logits = softmax - one hot, and nothing for ignored tokens.
+                logits *= (valid / denominator).unsqueeze(-1)
+                logits.scatter_add_(-1, column, -here.to(wide).unsqueeze(-1))
+                dlogits = logits.to(h.dtype)
+                torch.mm(dlogits, weight, out=dhidden[start : start + step])
+                if dweight.dtype == h.dtype:
+                    dweight.addmm_(dlogits.mT, h)
+                else:
+                    dweight += dlogits.mT @ h
+        if needs_grad:
+            ctx.save_for_backward(dhidden, dweight)
+        ctx.dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        dhidden, dweight = ctx.saved_tensors
+        return dhidden * dtotal.to(dhidden.dtype), (dweight * dtotal).to(ctx.dtype), None, None, None

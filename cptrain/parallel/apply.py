@@ -1,0 +1,89 @@
+"""Everything that is done to a model before it trains, in the one order in which the parts compose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+
+from cptrain.context_parallel import ContextParallel
+from cptrain.distributed.mesh import Meshes
+from cptrain.distributed.settings import ParallelismConfig
+from cptrain.models.init import initialise
+from cptrain.models.llama import Llama
+from cptrain.models.shape import ModelShape
+from cptrain.parallel.activation_checkpoint import apply_activation_checkpoint
+from cptrain.parallel.fsdp import apply_fsdp
+from cptrain.parallel.settings import ActivationCheckpointConfig, CompileConfig
+from cptrain.parallel.tensor import apply_tensor_parallel
+
+ATTENTION_MODULES = "layers.*.attention"
+
+
+@dataclass(frozen=True)
+class Precision:
+    """dtype: of the parameters that the optimizer holds. param: in which blocks compute. reduce: of gradient sums."""
+
+    dtype: torch.dtype
+    param: torch.dtype
+    reduce: torch.dtype
+
+
+@dataclass(frozen=True)
+class ParallelModel:
+    """A model ready to train, the plan that shards its batches, and which of its modules run context parallel."""
+
+    model: Llama
+    context: ContextParallel
+    context_modules: list[str]
+
+    def set_last_microbatch(self, last: bool) -> None:
+        """Gradients are reduced over ranks in the backward pass of the last micro-batch only."""
+        if isinstance(self.model, FSDPModule):
+            self.model.set_requires_gradient_sync(last)
+
+
+def parallelise(
+    shape: ModelShape,
+    meshes: Meshes,
+    *,
+    parallelism: ParallelismConfig,
+    activation_checkpoint: ActivationCheckpointConfig,
+    compile: CompileConfig,
+    precision: Precision,
+    seed: int,
+) -> ParallelModel:
+    """Build the model on the meta device, apply TP, CP, checkpointing, compile and FSDP2, then fill in the weights.
+
+    The order matters: TP replaces parameters by DTensors that FSDP2 cuts further; context parallel must be inside the
+    region that checkpointing recomputes and that compile traces; FSDP2's hooks must be outside of both.
+    """
+    with torch.device("meta"):
+        model = Llama(shape).to(precision.dtype)
+    apply_tensor_parallel(model, meshes.tp)
+    context = ContextParallel(meshes.batch, layout=parallelism.context_parallel_layout)
+    context_modules = context.apply(model, modules=ATTENTION_MODULES) if context.degree > 1 else []
+    apply_activation_checkpoint(model, activation_checkpoint.mode)
+    if compile.enable:
+        compile_blocks(model, backend=compile.backend)
+    if meshes.fsdp.size() > 1 or precision.param != precision.dtype:
+        apply_fsdp(
+            model,
+            meshes.fsdp,
+            param_dtype=precision.param,
+            reduce_dtype=precision.reduce,
+            reshard_after_forward=parallelism.fsdp_reshard_after_forward,
+        )
+    model.to_empty(device=meshes.device)
+    initialise(model, seed)
+    return ParallelModel(model=model, context=context, context_modules=context_modules)
+
+
+def compile_blocks(model: Llama, *, backend: str) -> None:
+    """Compile each block by itself: one graph serves all of them, and none spans an FSDP2 boundary."""
+    # Entering the attention mode inside a checkpointed region counts as a side effect that is not repeated in the
+    # backward pass. It need not be: what the mode changed is already in the graph.
+    torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
+    for layer in model.layers:
+        layer.compile(backend=backend, fullgraph=True)

@@ -1,0 +1,59 @@
+"""What a run will do, in a few lines: shown by --dry-run and at the start. Torch is never imported here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cptrain.distributed.settings import Degrees
+from cptrain.models.shape import ModelShape, num_parameters
+from cptrain.train.settings import TrainSettings
+
+
+def describe(
+    settings: TrainSettings, degrees: Degrees, shape: ModelShape, *, context_modules: Sequence[str] | None = None
+) -> str:
+    """Mesh, sequence, batch, model and one rank's share; with `context_modules`, which layers run context parallel."""
+    training, length = settings.training, settings.training.seq_len
+    global_batch = settings.global_batch_size(degrees)
+    accumulation = global_batch // (training.local_batch_size * degrees.data)
+    local = length // degrees.context
+    parameters = num_parameters(shape)
+    heads, kv_heads = shape.num_heads // degrees.tp, shape.num_kv_heads // degrees.tp
+    seen = length // degrees.ring
+    q = [training.local_batch_size, heads // degrees.ulysses, seen, shape.head_dim]
+    kv = [training.local_batch_size, max(1, kv_heads // degrees.ulysses), seen, shape.head_dim]
+    lines = {
+        "job": f"{settings.job.name}, writes to {settings.job.folder}",
+        "mesh": f"dp_replicate {degrees.dp_replicate} x dp_shard {degrees.dp_shard} x ring {degrees.ring} x ulysses "
+        f"{degrees.ulysses} x tp {degrees.tp} = {degrees.world} {'rank' if degrees.world == 1 else 'ranks'}",
+        "context parallel": _context(settings, degrees),
+        "sequence": f"{length:,} tokens, {local:,} per rank",
+        "batch": f"{global_batch} {'sequence' if global_batch == 1 else 'sequences'} = {global_batch * length:,} "
+        f"tokens per step: {accumulation} micro-batch{'' if accumulation == 1 else 'es'} of "
+        f"{training.local_batch_size} on {degrees.data} data-parallel {'rank' if degrees.data == 1 else 'ranks'}",
+        "model": f"{settings.model.flavor}: {parameters:,} parameters, {shape.num_layers} layers, dim {shape.dim}, "
+        f"{shape.num_heads} heads, {shape.num_kv_heads} kv heads of {shape.head_dim}, ffn {shape.ffn_dim}, vocabulary "
+        f"{shape.vocab_size}, {shape.attention_mask} attention",
+        "per rank": f"about {parameters // (degrees.fsdp * degrees.tp):,} parameters; tokens "
+        f"[{training.local_batch_size}, {local}], attention sees q {q}, k and v {kv} at a time",
+        "recompute": f"activation checkpointing {settings.activation_checkpoint.mode}, compile "
+        f"{settings.compile.backend if settings.compile.enable else 'off'}",
+    }
+    if context_modules is not None and degrees.context > 1:
+        first, last = context_modules[0], context_modules[-1]
+        lines["context layers"] = f"{len(context_modules)} of {shape.num_layers}: {first} .. {last}"
+    width = max(map(len, lines))
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())
+
+
+def _context(settings: TrainSettings, degrees: Degrees) -> str:
+    if degrees.context == 1:
+        return "off (each rank holds whole sequences)"
+    layout = settings.parallelism.context_parallel_layout
+    hops = degrees.ring - 1
+    ring = f"ring of {degrees.ring}, {layout}, {hops} {'hop' if hops == 1 else 'hops'} each way"
+    ulysses = f"ulysses over {degrees.ulysses}"
+    chosen = [ring] * (degrees.ring > 1) + [ulysses] * (degrees.ulysses > 1)
+    name = "hybrid: " if len(chosen) == 2 else ""
+    asked = settings.parallelism.context_parallel_method
+    return f"{name}{' x '.join(chosen)}{' (chosen by auto)' if asked == 'auto' else ''}"

@@ -1,0 +1,50 @@
+"""One run from start to end: process group, trainer, resume command."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+import torch.distributed as dist
+
+from cptrain.config.error import fail
+from cptrain.distributed.process_group import local_device, process_group
+from cptrain.train.settings import TrainSettings
+from cptrain.train.trainer import Trainer
+
+logger = logging.getLogger("cptrain")
+
+
+def run(settings: TrainSettings) -> None:
+    """Train as the settings say. Unusable data or checkpoints end the process with 2, without a traceback."""
+    device = local_device()
+    with process_group(settings.comm, device):
+        _start_logging(dist.get_rank())
+        try:
+            trainer = Trainer(settings, device)
+        except (ValueError, NotImplementedError) as error:
+            fail(error)
+        with trainer:
+            stopped_by = trainer.train()
+        if stopped_by:
+            logger.info(f"stopped by {stopped_by} after step {trainer.step}; the same command goes on from there:")
+            logger.info(f"  {resume_command()}")
+
+
+def resume_command() -> str:
+    """The command that started this run, as far as a rank can know it."""
+    arguments = " ".join(sys.argv[1:])
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return f"python -m cptrain.train {arguments}"
+    return f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']} -m cptrain.train {arguments}"
+
+
+def _start_logging(rank: int) -> None:
+    """Rank 0 tells what happens, the others only what is wrong."""
+    handler = logging.StreamHandler(sys.stdout)
+    prefix = "" if rank == 0 else f"[rank {rank}] "
+    handler.setFormatter(logging.Formatter(f"%(asctime)s  {prefix}%(message)s", datefmt="%H:%M:%S"))
+    logger.handlers = [handler]
+    logger.propagate = False
+    logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)

@@ -1,0 +1,192 @@
+"""The root of all settings: `TrainSettings` composes the sections and checks what spans several of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from cptrain.checkpoint.settings import CheckpointConfig
+from cptrain.config import Problem, setting
+from cptrain.data.settings import DataConfig, TokenizerConfig
+from cptrain.distributed.settings import CommConfig, Degrees, ParallelismConfig, resolve_degrees, sequence_multiple
+from cptrain.metrics.settings import MetricsConfig, ProfilingConfig
+from cptrain.models.settings import ModelConfig, resolve
+from cptrain.models.shape import ModelShape
+from cptrain.optim.settings import LRSchedulerConfig, OptimizerConfig
+from cptrain.parallel.settings import ActivationCheckpointConfig, CompileConfig
+
+BYTE_VOCABULARY = 259
+VOCABULARY_MULTIPLE = 64  # embedding rows are padded to this, so that tensor parallel cuts them evenly
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobConfig:
+    """What this run is called and where it writes."""
+
+    name: str = setting("train", "folder of this run below dump_folder; the same name resumes the run")
+    dump_folder: str = setting("outputs", "folder of all runs")
+
+    def problems(self) -> Iterator[Problem]:
+        if not self.name or self.name in (".", "..") or "/" in self.name:
+            yield Problem(key="name", rule="must be the name of one folder, without a slash", fix='set it to "train"')
+        if not self.dump_folder:
+            yield Problem(key="dump_folder", rule="must name a folder", fix='set it to "outputs"')
+
+    @property
+    def folder(self) -> Path:
+        """Where this run writes everything."""
+        return Path(self.dump_folder) / self.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How long, on what lengths and batches, and in which precision."""
+
+    seq_len: int = setting(2048, "tokens of one sequence, always global: before it is cut over ranks")
+    steps: int = setting(10000, "optimizer steps of the whole run")
+    local_batch_size: int = setting(1, "sequences that one data-parallel rank holds at a time (micro-batch)")
+    global_batch_size: int | Literal["auto"] = setting(
+        "auto", "sequences per step over all ranks; more than fit at a time are accumulated; auto = no accumulation"
+    )
+    max_norm: float = setting(1.0, "gradients are scaled down to this global norm")
+    dtype: Literal["float32", "float64", "bfloat16"] = setting("float32", "what the optimizer's weights are kept in")
+    mixed_precision_param: Literal["auto", "float32", "bfloat16", "float64"] = setting(
+        "auto", "what blocks compute in; auto = bfloat16 on CUDA, training.dtype on CPU"
+    )
+    mixed_precision_reduce: Literal["auto", "float32", "bfloat16", "float64"] = setting(
+        "auto", "what gradients are summed over ranks in; auto = float32 (float64 for float64)"
+    )
+    gc_freq: int = setting(50, "steps between two collections of Python's garbage, at the same step on all ranks")
+
+    def problems(self) -> Iterator[Problem]:
+        for key in ("seq_len", "steps", "local_batch_size", "gc_freq"):
+            if getattr(self, key) < 1:
+                yield Problem(key=key, rule="must be at least 1")
+        if self.global_batch_size != "auto" and self.global_batch_size < 1:
+            yield Problem(key="global_batch_size", rule='must be at least 1, or "auto"')
+        if not self.max_norm > 0:
+            yield Problem(key="max_norm", rule="must be positive", fix="set it to inf to measure without clipping")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationConfig:
+    """Loss on held-out text."""
+
+    enable: bool = setting(True, "measure the loss on held-out text before the first step, at times, and at the end")
+    freq: int = setting(100, "steps between two measurements")
+    steps: int = setting(16, "batches of local_batch_size sequences per data-parallel rank; -1 = all there are")
+
+    def problems(self) -> Iterator[Problem]:
+        if self.freq < 1:
+            yield Problem(key="freq", rule="must be at least 1 step")
+        if self.steps < 1 and self.steps != -1:
+            yield Problem(key="steps", rule="must be at least 1, or -1 for all")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DebugConfig:
+    """Reproducibility."""
+
+    seed: int = setting(0, "of the weights and, unless data.seed says otherwise, of the order of the data")
+    deterministic: bool = setting(False, "refuse operations whose result may differ from run to run (slower on CUDA)")
+
+    def problems(self) -> Iterator[Problem]:
+        if not 0 <= self.seed < 2**63:
+            yield Problem(key="seed", rule="must be between 0 and 2**63 - 1", fix="set it to 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """Everything a run is made of."""
+
+    job: JobConfig = JobConfig()
+    model: ModelConfig = ModelConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    data: DataConfig = DataConfig()
+    training: TrainingConfig = TrainingConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    lr_scheduler: LRSchedulerConfig = LRSchedulerConfig()
+    parallelism: ParallelismConfig = ParallelismConfig()
+    activation_checkpoint: ActivationCheckpointConfig = ActivationCheckpointConfig()
+    compile: CompileConfig = CompileConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    validation: ValidationConfig = ValidationConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    profiling: ProfilingConfig = ProfilingConfig()
+    comm: CommConfig = CommConfig()
+    debug: DebugConfig = DebugConfig()
+
+    def problems(self, world_size: int | None) -> Iterator[Problem]:
+        """What is wrong between sections; with world_size None, only what no number of ranks would mend."""
+        if any(True for section in (self.model, self.training, self.parallelism) for _ in section.problems()):
+            return  # these are reported by their sections, and nothing can be derived from them
+        try:
+            shape = self.shape(BYTE_VOCABULARY if self.tokenizer.name == "byte" else 1)
+        except ValueError as error:
+            yield Problem(key="model.vocab_size", rule=str(error).partition(": ")[2])
+            return
+        if self.validation.enable and self.data.validation_fraction == 0:
+            yield Problem(
+                key="data.validation_fraction",
+                rule="validation needs held-out text",
+                fix="set it to 0.01, or validation.enable to false",
+            )
+        if world_size is None:
+            return
+        degrees, found = resolve_degrees(
+            self.parallelism, world_size=world_size, num_heads=shape.num_heads, num_kv_heads=shape.num_kv_heads
+        )
+        for problem in found:
+            yield Problem(key=f"parallelism.{problem.key}", rule=problem.rule, fix=problem.fix)
+        if degrees is None:
+            return
+        yield from self._problems_of_lengths(degrees, shape)
+
+    def _problems_of_lengths(self, degrees: Degrees, shape: ModelShape) -> Iterator[Problem]:
+        multiple, length = sequence_multiple(degrees), self.training.seq_len
+        if length % multiple:
+            below, above = length // multiple * multiple, -(-length // multiple) * multiple
+            yield Problem(
+                key="training.seq_len",
+                rule=f"must be a multiple of {multiple} = context degree {degrees.context} x lcm(2, tensor degree "
+                f"{degrees.tp})",
+                fix=f"set it to {f'{below} or {above}' if below else above}",
+            )
+        at_a_time = self.training.local_batch_size * degrees.data
+        if self.training.global_batch_size != "auto" and self.training.global_batch_size % at_a_time:
+            yield Problem(
+                key="training.global_batch_size",
+                rule=f"must be a multiple of local_batch_size {self.training.local_batch_size} x {degrees.data} "
+                "data-parallel ranks",
+                fix=f"set it to {-(-self.training.global_batch_size // at_a_time) * at_a_time}",
+            )
+        for key, value in (("ffn_dim", shape.ffn_dim), ("vocab_size", shape.vocab_size)):
+            if value % degrees.tp:
+                yield Problem(
+                    key=f"model.{key}",
+                    rule=f"{value} does not divide over the tensor degree {degrees.tp}",
+                    fix=f"set it to {math.ceil(value / degrees.tp) * degrees.tp}",
+                )
+
+    def shape(self, vocabulary: int) -> ModelShape:
+        """The model for a tokenizer with this many ids; ValueError if its embedding is too small for them."""
+        padded = -(-vocabulary // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+        return resolve(self.model, padded if self.model.vocab_size == "auto" else vocabulary)
+
+    def degrees(self, world_size: int, shape: ModelShape) -> Degrees:
+        """The mesh for this many ranks; ValueError if there is none."""
+        degrees, found = resolve_degrees(
+            self.parallelism, world_size=world_size, num_heads=shape.num_heads, num_kv_heads=shape.num_kv_heads
+        )
+        if degrees is None:
+            raise ValueError("\n".join(f"parallelism.{p.key}: {p.rule}; {p.fix}" for p in found))
+        return degrees
+
+    def global_batch_size(self, degrees: Degrees) -> int:
+        """Sequences per optimizer step over all ranks."""
+        if self.training.global_batch_size == "auto":
+            return self.training.local_batch_size * degrees.data
+        return self.training.global_batch_size

@@ -1,0 +1,323 @@
+"""The trainer: builds a run from its settings and repeats the step."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import math
+import time
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+
+from cptrain.checkpoint import rng
+from cptrain.checkpoint.checkpointer import Checkpointer
+from cptrain.checkpoint.state import training_state
+from cptrain.config.document import dump
+from cptrain.data.corpus import open_corpus
+from cptrain.data.loader import TrainBatches, validation_batches
+from cptrain.data.prepare import prepare_corpus
+from cptrain.data.split import split_documents
+from cptrain.data.tokenizer import build_tokenizer
+from cptrain.data.windows import Windows
+from cptrain.distributed.mesh import build_meshes
+from cptrain.distributed.process_group import first_rank_result, set_timeouts
+from cptrain.loss import IGNORED, cross_entropy_sum
+from cptrain.metrics.flops import training_flops, visible_pairs
+from cptrain.metrics.logger import Metrics
+from cptrain.metrics.profiler import profiling
+from cptrain.metrics.record import StepRecord
+from cptrain.optim.adamw import build_optimizer, set_learning_rate
+from cptrain.optim.clip import clip_grad_norm
+from cptrain.optim.schedule import learning_rate
+from cptrain.parallel.apply import Precision, parallelise
+from cptrain.train.environment import write_environment
+from cptrain.train.interruption import Interruption
+from cptrain.train.report import describe
+from cptrain.train.settings import TrainingConfig, TrainSettings
+
+logger = logging.getLogger("cptrain")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """This rank's part of one micro-batch, cut by one permutation. Each [B, T] int64; labels are already shifted."""
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    positions: torch.Tensor
+
+
+class Trainer:
+    """Everything one rank holds during a run. Making one is collective; `train` runs to the end or to a signal.
+
+    ValueError for data and checkpoints that do not fit the settings, on all ranks.
+    """
+
+    def __init__(self, settings: TrainSettings, device: torch.device) -> None:
+        self.settings = settings
+        self.device = device
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        torch.manual_seed(settings.debug.seed)
+        torch.use_deterministic_algorithms(settings.debug.deterministic)
+
+        tokenizer = build_tokenizer(settings.tokenizer)
+        self.shape = settings.shape(tokenizer.vocab_size)
+        degrees = settings.degrees(self.world_size, self.shape)
+        self.meshes = build_meshes(degrees, device)
+        self.train_windows, self.validation_windows = self._open_data()
+        precision = resolve_precision(settings.training, device)
+        self.parallel = parallelise(
+            self.shape,
+            self.meshes,
+            parallelism=settings.parallelism,
+            activation_checkpoint=settings.activation_checkpoint,
+            compile=settings.compile,
+            precision=precision,
+            seed=settings.debug.seed,
+        )
+        self.model = self.parallel.model
+        self.optimizer = build_optimizer(self.model, settings.optimizer)
+
+        self.step = 0
+        self.tokens_seen = 0
+        gloo = dist.new_group(backend="gloo") if self.world_size > 1 else None
+        self.checkpointer = Checkpointer(settings.checkpoint, settings.job.folder, gloo, mesh=asdict(degrees))
+        self.toml = dump(settings)
+        next_index = self._resume()
+        self.batches = TrainBatches(
+            self.train_windows,
+            start_index=next_index,
+            global_batch_size=settings.global_batch_size(degrees),
+            local_batch_size=settings.training.local_batch_size,
+            dp_rank=self.meshes.data_rank,
+            dp_degree=degrees.data,
+            num_workers=settings.data.num_workers,
+            prefetch_factor=settings.data.prefetch_factor,
+        )
+        self.tokens_per_step = settings.global_batch_size(degrees) * settings.training.seq_len
+        self.flops_per_step = training_flops(
+            self.shape,
+            tokens=self.tokens_per_step,
+            pairs=visible_pairs(
+                [settings.training.seq_len] * settings.global_batch_size(degrees), self.shape.attention_mask
+            ),
+        )
+        self.metrics = Metrics(
+            settings.metrics,
+            folder=settings.job.folder,
+            rank=self.rank,
+            num_devices=self.world_size,
+            device=device,
+            compute_dtype=precision.param,
+            total_steps=settings.training.steps,
+            resumed_step=self.step,
+            toml=self.toml,
+        )
+        if self.rank == 0:
+            self._introduce()
+
+    def train(self) -> str:
+        """Run until training.steps, or until a signal on any rank; returns the signal's name, or ""."""
+        settings, stopped_by = self.settings, ""
+        if self.step >= settings.training.steps:
+            logger.info(f"step {self.step} of {settings.training.steps} is done already; raise training.steps to go on")
+            return ""
+        first_step, folder = self.step + 1, settings.job.folder
+        gc.disable()  # collections at a step of Python's own choosing would make all ranks wait for each in turn
+        with (
+            Interruption() as interruption,
+            profiling(
+                settings.profiling, folder=folder, rank=self.rank, device=self.device, resumed_step=self.step
+            ) as profiler,
+        ):
+            if settings.validation.enable and self.step == 0:
+                self.metrics.validation(0, self.validate())
+            while self.step < settings.training.steps and not stopped_by:
+                stopped_by = self.train_step(interruption.requested)
+                profiler.step()
+                last = self.step == settings.training.steps or bool(stopped_by)
+                if settings.validation.enable and (self.step % settings.validation.freq == 0 or last):
+                    self.metrics.validation(self.step, self.validate())
+                if self.checkpointer.due(self.step) or last:
+                    self.save()
+                if self.step % settings.training.gc_freq == 0:
+                    gc.collect()
+                if self.step == first_step:
+                    set_timeouts(settings.comm.train_timeout_seconds)
+        gc.enable()
+        return stopped_by
+
+    def train_step(self, requested_stop: str = "") -> str:
+        """One optimizer step over the global batch; returns the signal that some rank was sent, or ""."""
+        start = time.perf_counter()
+        step, settings = self.step + 1, self.settings
+        lr = learning_rate(step, settings.lr_scheduler, lr=settings.optimizer.lr, total_steps=settings.training.steps)
+        set_learning_rate(self.optimizer, lr)
+        shards = [self.shard(next(self.batches)) for _ in range(self.batches.micro_batches)]
+        data_time_s = time.perf_counter() - start
+
+        valid_here = sum((shard.labels != IGNORED).sum() for shard in shards)
+        valid, stop = self._agree(valid_here, requested_stop)
+        loss_here = torch.zeros((), dtype=torch.float64, device=self.device)
+        for index, shard in enumerate(shards):
+            self.parallel.set_last_microbatch(index == len(shards) - 1)
+            head = partial(cross_entropy_sum, labels=shard.labels)
+            loss = self.model(shard.tokens, shard.positions, head=head)
+            # A sum over the global count: no factor of any degree anywhere, and ranks without valid tokens take part.
+            (loss / valid).backward()
+            loss_here += loss.detach()
+        grad_norm = clip_grad_norm(self.model.parameters(), settings.training.max_norm)
+        if not math.isfinite(grad_norm.item()):
+            raise RuntimeError(
+                f"step {step}: the gradient norm is {grad_norm.item()}, so the weights were not updated; "
+                f"the last checkpoint is step {self.checkpointer.latest_step()}. Lower optimizer.lr or look at the data"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+        self.step = step
+        self.tokens_seen += self.tokens_per_step
+        loss = max_loss = float("nan")
+        if self.metrics.due(step):
+            loss = (self.meshes.sum_over_batch(loss_here.clone()) / valid).item()
+            max_loss = self.meshes.max_over_batch(loss_here / max(int(valid_here), 1)).item()
+        self.metrics.record(
+            StepRecord(
+                step=step,
+                loss=loss,
+                max_loss=max_loss,
+                grad_norm=grad_norm,
+                lr=lr,
+                tokens=self.tokens_per_step,
+                tokens_seen=self.tokens_seen,
+                step_time_s=time.perf_counter() - start,
+                data_time_s=data_time_s,
+                flops=self.flops_per_step,
+            )
+        )
+        return stop
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """Mean loss over the held-out windows, the same ones whatever the mesh. Touches neither data order nor RNG."""
+        assert self.validation_windows is not None
+        settings, degrees = self.settings, self.meshes.degrees
+        at_a_time = settings.training.local_batch_size
+        limit = settings.validation.steps * at_a_time * degrees.data
+        totals = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for batch in validation_batches(
+            self.validation_windows,
+            local_batch_size=at_a_time,
+            dp_rank=self.meshes.data_rank,
+            dp_degree=degrees.data,
+            num_windows="all" if settings.validation.steps == -1 else limit,
+        ):
+            shard = self.shard(batch)
+            totals[0] += self.model(shard.tokens, shard.positions, head=partial(cross_entropy_sum, labels=shard.labels))
+            totals[1] += (shard.labels != IGNORED).sum()
+        total, count = self.meshes.sum_over_batch(totals).tolist()
+        return total / max(count, 1)
+
+    def shard(self, batch: dict[str, torch.Tensor]) -> Shard:
+        """This rank's part of a batch of whole windows [B, S], as DTensors cut along S and taken locally."""
+        parts = self.parallel.context.shard(
+            *(batch[key].to(self.device, non_blocking=True) for key in ("tokens", "labels", "positions")),
+            dim=1,
+            as_dtensor=True,
+        )
+        return Shard(*(part.to_local() for part in parts))
+
+    def save(self) -> None:
+        """Write a checkpoint of this step."""
+        train_state = {
+            "step": self.step,
+            "tokens_seen": self.tokens_seen,
+            "next_index": self.batches.next_index,
+            "data": self.train_windows.identity(),
+            "world_size": self.world_size,
+        }
+        self.checkpointer.save(self.step, self._state(), train_state, self.toml)
+
+    def close(self) -> None:
+        """Stop the data workers and write out the metrics."""
+        self.batches.close()
+        self.metrics.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _state(self) -> dict[str, Any]:
+        return {**training_state(self.model, self.optimizer), rng.SECTION: rng.capture(self.rank)}
+
+    def _resume(self) -> int:
+        """Take the state of the newest checkpoint, if there is one; returns the global index of the next sample."""
+        state = self._state()
+        found = self.checkpointer.load(state)
+        if found is None:
+            return 0
+        rng.restore(state[rng.SECTION])
+        ours = self.train_windows.identity()
+        differing = [key for key, value in ours.items() if found["data"].get(key) != value]
+        if differing:
+            was = ", ".join(f"{key} = {found['data'].get(key)} (here {ours[key]})" for key in differing)
+            raise ValueError(
+                f"cannot resume job.name = {self.settings.job.name}: its checkpoint was trained with {was}, which "
+                "decides the order of the data; restore these, or choose another job.name for a new run"
+            )
+        self.step, self.tokens_seen = found["step"], found["tokens_seen"]
+        return found["next_index"]
+
+    def _open_data(self) -> tuple[Windows, Windows | None]:
+        """(training, held-out) windows; rank 0 prepares the text, and its errors are raised on all ranks."""
+        settings = self.settings
+        seed = settings.data.resolved_seed(settings.debug.seed)
+        folder = first_rank_result(lambda: prepare_corpus(settings.data, settings.tokenizer, seed=seed))
+        corpus = open_corpus(folder)
+        training, held_out = split_documents(corpus, fraction=settings.data.validation_fraction, seed=seed)
+        length = settings.training.seq_len
+        return (
+            Windows(training, seq_len=length),
+            Windows(held_out, seq_len=length) if settings.validation.enable else None,
+        )
+
+    def _agree(self, valid_here: torch.Tensor | int, requested_stop: str) -> tuple[int, str]:
+        """(valid tokens of the step over all ranks, the signal that some rank was sent or ""), in one message."""
+        numbers = torch.zeros(2, dtype=torch.int64, device=self.device)
+        numbers[0] = valid_here
+        numbers[1] = bool(requested_stop)
+        if self.world_size > 1:
+            dist.all_reduce(numbers)
+        valid, stops = numbers.tolist()
+        # Tensor-parallel peers hold the same tokens, so each was counted tp times.
+        return max(valid // self.meshes.degrees.tp, 1), (requested_stop or "a signal on another rank") if stops else ""
+
+    def _introduce(self) -> None:
+        """Write the run's folder and say what runs."""
+        folder = self.settings.job.folder
+        (folder / "config.toml").write_text(self.toml, encoding="utf-8")
+        write_environment(folder / "environment.json", self.world_size)
+        for line in describe(
+            self.settings, self.meshes.degrees, self.shape, context_modules=self.parallel.context_modules
+        ).splitlines():
+            logger.info(line)
+
+
+def resolve_precision(training: TrainingConfig, device: torch.device) -> Precision:
+    """The dtypes that "auto" stands for on this device."""
+    dtype = getattr(torch, training.dtype)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    param = training.mixed_precision_param
+    reduce = training.mixed_precision_reduce
+    default_param = torch.bfloat16 if device.type == "cuda" and dtype == torch.float32 else dtype
+    return Precision(
+        dtype=dtype,
+        param=default_param if param == "auto" else getattr(torch, param),
+        reduce=wide if reduce == "auto" else getattr(torch, reduce),
+    )

@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+
+import pytest
+import torch
+from test_data_corpus import corpus_of
+from test_data_windows import random_texts
+
+from cptrain.data.loader import Batch, TrainBatches, validation_batches
+from cptrain.data.split import split_documents
+from cptrain.data.windows import IGNORE, Windows
+
+SEQ_LEN = 16
+
+
+@pytest.fixture(scope="module")
+def windows(tmp_path_factory: pytest.TempPathFactory) -> Windows:
+    """About 60 windows of random text, no two alike."""
+    corpus = corpus_of(tmp_path_factory.mktemp("corpus"), random_texts(50))
+    return Windows(split_documents(corpus, fraction=0.0, seed=5)[0], seq_len=SEQ_LEN)
+
+
+def batches_of(
+    windows: Windows, *, start: int = 0, world: int = 1, rank: int = 0, local: int = 2, workers: int = 0
+) -> TrainBatches:
+    return TrainBatches(
+        windows,
+        start_index=start,
+        global_batch_size=8,
+        local_batch_size=local,
+        dp_rank=rank,
+        dp_degree=world,
+        num_workers=workers,
+    )
+
+
+def take(batches: TrainBatches, count: int) -> torch.Tensor:
+    return torch.cat([next(batches)["tokens"] for _ in range(count)])
+
+
+def rows(tokens: torch.Tensor) -> list[tuple[int, ...]]:
+    return [tuple(row) for row in tokens.tolist()]
+
+
+@pytest.mark.parametrize(("world", "local"), [(1, 2), (2, 2), (4, 2), (4, 1), (8, 1), (2, 4)])
+def test_data_loader_row_is_the_sample_of_its_global_index(windows: Windows, world: int, local: int) -> None:
+    for rank in range(world):
+        batches = batches_of(windows, world=world, rank=rank, local=local)
+        for step in range(2):
+            for micro in range(8 // (world * local)):
+                batch = next(batches)
+                for row in range(local):
+                    sample = windows[step * 8 + (micro * world + rank) * local + row]
+                    assert all(torch.equal(batch[name][row], sample[name]) for name in sample)
+
+
+@pytest.mark.parametrize(("world", "local"), [(2, 2), (4, 2), (4, 1), (8, 1), (2, 1)])
+def test_data_loader_step_reads_the_same_set_at_any_world_size(windows: Windows, world: int, local: int) -> None:
+    count = 8 // (world * local)
+    together = [take(batches_of(windows, world=world, rank=rank, local=local), count) for rank in range(world)]
+    assert sorted(rows(torch.cat(together))) == sorted(rows(take(batches_of(windows), 4)))
+
+
+def test_data_loader_runs_on_into_the_next_epochs(windows: Windows) -> None:
+    steps = len(windows) * 2 // 8 + 1
+    seen = rows(take(batches_of(windows), steps * 4))
+    assert sorted(seen[: len(windows)]) == sorted(seen[len(windows) : 2 * len(windows)])
+    assert seen[: len(windows)] != seen[len(windows) : 2 * len(windows)]
+
+
+@pytest.mark.parametrize(("before", "after"), [((1, 2), (1, 2)), ((1, 2), (4, 1)), ((2, 2), (1, 1)), ((8, 1), (2, 4))])
+def test_data_loader_resumes_exactly_at_any_world_size(
+    windows: Windows, before: tuple[int, int], after: tuple[int, int]
+) -> None:
+    straight = rows(take(batches_of(windows), 12))
+    first = [batches_of(windows, world=before[0], rank=rank, local=before[1]) for rank in range(before[0])]
+    for batches in first:
+        take(batches, batches.micro_batches)
+    [start] = {batches.next_index for batches in first}
+    second = [batches_of(windows, start=start, world=after[0], rank=rank, local=after[1]) for rank in range(after[0])]
+    for step in (1, 2):
+        read = torch.cat([take(batches, batches.micro_batches) for batches in second])
+        assert sorted(rows(read)) == sorted(straight[step * 8 : step * 8 + 8])
+    assert {batches.next_index for batches in second} == {24}
+
+
+def test_data_loader_cursor_in_the_middle_of_a_step_is_refused(windows: Windows) -> None:
+    batches = batches_of(windows)
+    next(batches)
+    with pytest.raises(RuntimeError, match="1 of 4 micro-batches of this step are taken"):
+        _ = batches.next_index
+
+
+def test_data_loader_workers_give_the_same_batches(windows: Windows) -> None:
+    alone, helped = batches_of(windows, start=8), batches_of(windows, start=8, workers=2)
+    assert torch.equal(take(alone, 9), take(helped, 9))
+
+
+def test_data_loader_close_stops_its_workers(windows: Windows) -> None:
+    others = multiprocessing.active_children()
+    batches = batches_of(windows, workers=1)
+    next(batches)
+    assert len(multiprocessing.active_children()) == len(others) + 1
+    batches.close()
+    assert multiprocessing.active_children() == others
+
+
+def test_data_loader_workers_outlive_the_signals_that_end_a_run(windows: Windows) -> None:
+    others = multiprocessing.active_children()
+    batches = batches_of(windows, workers=1)
+    first = take(batches, 1)
+    [worker] = [child for child in multiprocessing.active_children() if child not in others]
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        os.kill(int(worker.pid or 0), number)
+    assert torch.equal(torch.cat([first, take(batches, 8)]), take(batches_of(windows), 9))
+    batches.close()
+
+
+def test_data_loader_leaves_the_generator_of_the_training_alone(windows: Windows) -> None:
+    before = torch.get_rng_state()
+    next(batches_of(windows))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_data_loader_closed_is_refused(windows: Windows) -> None:
+    batches = batches_of(windows)
+    batches.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        next(batches)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"local": 3}, r"global_batch_size = 8: must be a multiple of .* = 3 x 1 data-parallel ranks; set it to 9"),
+        ({"world": 16, "local": 1}, r"= 1 x 16 data-parallel ranks; set it to 16"),
+        ({"local": 5}, r"set it to 10"),
+        ({"local": 0}, "local_batch_size = 0: must be positive"),
+        ({"rank": 1}, r"dp_rank = 1: must be in range\(1\)"),
+        ({"start": -1}, "start_index = -1"),
+    ],
+)
+def test_data_loader_impossible_arguments_are_refused(windows: Windows, values: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        batches_of(windows, **values)
+
+
+# Validation
+
+
+def validation(windows: Windows, world: int, local: int, count: int) -> list[list[Batch]]:
+    return [
+        list(validation_batches(windows, local_batch_size=local, dp_rank=rank, dp_degree=world, num_windows=count))
+        for rank in range(world)
+    ]
+
+
+SHAPES = [(1, 1), (1, 3), (2, 1), (2, 2), (4, 2), (8, 1)]
+
+
+@pytest.mark.parametrize("count", [1, 5, 8])
+@pytest.mark.parametrize(("world", "local"), SHAPES)
+def test_data_validation_covers_each_window_once(windows: Windows, world: int, local: int, count: int) -> None:
+    ranks = validation(windows, world, local, count)
+    labels = [row for batches in ranks for batch in batches for row in rows(batch["labels"])]
+    expected = rows(torch.stack([windows.window(number)["labels"] for number in range(count)]))
+    assert sorted(row for row in labels if set(row) != {IGNORE}) == sorted(expected)
+
+
+@pytest.mark.parametrize("count", [1, 5, 8])
+@pytest.mark.parametrize(("world", "local"), SHAPES)
+def test_data_validation_gives_every_rank_equal_shapes(windows: Windows, world: int, local: int, count: int) -> None:
+    ranks = validation(windows, world, local, count)
+    shapes = {tuple(tuple(batch[name].shape) for batch in batches for name in batch) for batches in ranks}
+    assert shapes == {((local, SEQ_LEN),) * (4 * -(-count // (world * local)))}
+
+
+def test_data_validation_takes_all_windows_and_no_more(windows: Windows) -> None:
+    for count in ("all", 10**6):
+        batches = validation_batches(windows, local_batch_size=1, dp_rank=0, dp_degree=1, num_windows=count)  # type: ignore[arg-type]
+        assert len(list(batches)) == len(windows)
+
+
+def test_data_validation_is_in_the_order_of_the_text(windows: Windows) -> None:
+    [batches] = validation(windows, 1, 2, 6)
+    read = torch.cat([batch["tokens"] for batch in batches])
+    assert rows(read) == rows(torch.stack([windows.window(number)["tokens"] for number in range(6)]))
+
+
+@pytest.mark.parametrize("values", [{"num_windows": 0}, {"local_batch_size": 0}, {"dp_rank": 2}])
+def test_data_validation_impossible_arguments_are_refused_at_once(windows: Windows, values: dict[str, int]) -> None:
+    arguments = {"local_batch_size": 1, "dp_rank": 0, "dp_degree": 2, "num_windows": 1, **values}
+    with pytest.raises(ValueError, match=f"{next(iter(values))} = .*: must be"):
+        validation_batches(windows, **arguments)
