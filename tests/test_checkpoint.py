@@ -369,7 +369,8 @@ def test_checkpoint_settings_defaults_are_sound():
 
 def test_checkpoint_settings_do_not_import_torch():
     code = "import sys, cptrain.checkpoint.settings; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(CheckpointConfig)])

@@ -222,7 +222,8 @@ def test_checkpoint_planner_refuses_items_that_are_not_tensors(tmp_path):
     """The last line of defence: whatever the metadata says, nothing is unpickled."""
     marker = tmp_path / "ran"
     peers = make(tmp_path)._peers
-    metadata = storage.dcp.save({"a": Payload(os.mkdir, str(marker))}, checkpoint_id=tmp_path / "x", no_dist=True)
+    storage.dcp.save({"a": Payload(os.mkdir, str(marker))}, checkpoint_id=tmp_path / "x", no_dist=True)
+    metadata = pickle.loads((tmp_path / "x/.metadata").read_bytes())
     with pytest.raises(RuntimeError, match="a is not a tensor, and reading it would run code"):
         storage.read(tmp_path / "x", {"a": torch.zeros(1)}, metadata, peers)
     assert not marker.exists()

@@ -153,6 +153,15 @@ def test_config_binding_names_wrong_types(write: Write, line: str, problem: str)
     ("line", "problem"),
     [
         ("[training]\n\nstep = 5", "training.step = 5 (my.toml:3): unknown key; did you mean `training.steps`?"),
+        (
+            "[parallelism]\ncontext_parallel_size = 8",
+            "parallelism.context_parallel_size = 8 (my.toml:2): unknown key; "
+            "did you mean `parallelism.context_parallel_degree`?",
+        ),
+        (
+            "[checkpoint]\nsave_steps = 8",  # the key that this alias means is not in the toy
+            "checkpoint.save_steps = 8 (my.toml:2): unknown key; sections are training, parallelism, compile, data",
+        ),
         ("cp_size = 8", "cp_size = 8 (my.toml:1): unknown key; did you mean `parallelism.context_parallel_degree`?"),
         (
             "[distributed]\nsp_size = 8",
@@ -201,9 +210,9 @@ def test_config_binding_names_unknown_keys_with_a_suggestion(write: Write, line:
 
 
 def test_config_binding_names_keys_that_have_to_be_set(write: Write) -> None:
-    assert problems_of(write("[[training.stages]]\nseq_len = 2")) == [
-        "training.stages[0].steps: has to be set; must be an integer"
-    ]
+    stages = "[[training.stages]]\nseq_len = 2\n" + 2 * "[[training.stages]]\nsteps = 2\n"
+    # A section around one that does not bind is not checked: nothing is said of the third stage.
+    assert problems_of(write(stages)) == ["training.stages[0].steps: has to be set; must be an integer"]
 
 
 @pytest.mark.parametrize(

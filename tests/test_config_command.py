@@ -106,6 +106,10 @@ def test_config_command_prefers_a_path_that_exists(presets: Path) -> None:
         (["--config", "zzz"], '--config = "zzz": no file or preset of this name; presets are debug, llama_128k'),
         (["--config=debug", "--dry-rum"], "--dry-rum: unknown flag; did you mean --dry-run?"),
         (["--config=debug", "--worldsize", "3"], "--worldsize: unknown flag; did you mean --world-size?"),
+        (
+            ["--config=debug", "--config.x=1"],
+            'config.x = "1" (flag --config.x): unknown key; sections are training, parallelism, compile, data',
+        ),
         (["--config=debug", "--print-config", "x"], "--print-config: takes no value"),
         (
             ["--config=debug", "--print-config", "--dry-run"],

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 from test_config_schema import Settings, StageConfig
 
-from cptrain.config import ConfigError, load
+from cptrain.config import ConfigError, load, setting
 
 
 @pytest.mark.parametrize(
@@ -159,6 +160,16 @@ def test_config_overrides_report_what_is_wrong(flags: list[str], problem: str) -
     with pytest.raises(ConfigError) as caught:
         load(Settings, overrides=flags)
     assert caught.value.problems == (problem,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Negated:
+    cache: bool = setting(True, "")
+    no_cache: bool = setting(False, "")
+
+
+def test_config_overrides_know_a_key_that_begins_with_no() -> None:
+    assert load(Negated, overrides=["--no-cache"]) == Negated(no_cache=True)
 
 
 def test_config_overrides_report_every_bad_flag() -> None:

@@ -21,6 +21,11 @@ KEYS: dict[str, Any] = {"dim": 32, "num_layers": 2, "num_heads": 4, "num_kv_head
 YARN = {"rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_max_position_embeddings": 16}
 
 
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
 def make_shape(**keys: Any) -> ModelShape:
     return resolve(ModelConfig(**KEYS | keys), 40)
 

@@ -32,6 +32,11 @@ SCALINGS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
 def make_shape(scaling: RopeScaling = SCALINGS["none"], *, head_dim: int = 64, theta: float = 10_000.0) -> ModelShape:
     small = resolve(ModelConfig(dim=64, num_layers=1, num_heads=1), 8)
     return dataclasses.replace(small, head_dim=head_dim, rope_theta=theta, rope_scaling=scaling)
@@ -159,7 +164,8 @@ def test_models_rope_rotates_bf16_in_fp32_and_rounds_once():
     exact = rotate(x.double(), rotary_tables(torch.arange(100_000, 100_009).unsqueeze(0), shape, torch.float64))
     turned = rotate(x, rope)
     assert turned.dtype == torch.bfloat16
-    assert (turned.double() - exact).abs().max() <= exact.abs().max() * 2**-8 * 0.51
+    # Half a unit in the last place of bf16, and what the fp32 tables add.
+    assert ((turned.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-6).all()
 
 
 def test_models_rope_refuses_tables_that_were_cast_down():

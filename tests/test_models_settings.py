@@ -208,7 +208,7 @@ def test_models_settings_problems_are_reported_all_at_once():
     found = rules(config)
     assert set(found) == {"num_kv_heads", "head_dim", "num_layers", "norm_eps", "rope_factor", "rope_theta", "ffn_dim"}
     assert found["num_kv_heads"].startswith("must divide the 4 query heads (here 3): 1, 2, 4")
-    with pytest.raises(ValueError, match="model.num_kv_heads: must divide") as error:
+    with pytest.raises(ValueError, match=r"model\.num_kv_heads: must divide") as error:
         resolve(config, BYTES)
     assert all(f"model.{key}: " in str(error.value) for key in found)
 

@@ -26,7 +26,7 @@ def find(name: str, folder: Path) -> Path:
     if path.exists() and not path.is_dir():
         return path
     preset = folder / f"{name.removesuffix('.toml')}.toml"
-    if preset.parent == folder and preset.is_file():
+    if preset.is_file():
         return preset
     names = preset_names(folder)
     near = get_close_matches(path.stem, names, n=1)

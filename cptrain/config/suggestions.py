@@ -47,18 +47,16 @@ def suggest(wanted: str, known: Sequence[str]) -> str | None:
     wanted = re.sub(r"\[\d+\]", "[]", wanted)
     section, _, name = wanted.rpartition(".")
     siblings = {key.rpartition(".")[2]: key for key in known if key.rpartition(".")[0] == section}
-    for near in get_close_matches(name, siblings, n=1, cutoff=0.8):
-        return siblings[near]
-    for key, aliases in ALIASES.items():
-        if name.lower() in aliases.split() and key in known:
-            return key
-    elsewhere = [key for key in known if key.rpartition(".")[2] == name]
-    if len(elsewhere) == 1:
-        return elsewhere[0]
-    for near in get_close_matches(name, siblings, n=1, cutoff=0.6):
-        return siblings[near]
-    # Keys of one section share much of their path, so that paths have to be nearer than names.
-    return next(iter(get_close_matches(wanted, elsewhere or known, n=1, cutoff=0.8)), None)
+    namesakes = [key for key in known if key.rpartition(".")[2] == name]
+    candidates = [
+        *(siblings[near] for near in get_close_matches(name, siblings, n=1, cutoff=0.9)),  # a slip of the fingers
+        *(key for key, aliases in ALIASES.items() if name.lower() in aliases.split() and key in known),
+        *(namesakes if len(namesakes) == 1 else []),
+        *(siblings[near] for near in get_close_matches(name, siblings, n=1, cutoff=0.6)),
+        # Keys of one section share much of their path, so that paths have to be nearer than names.
+        *get_close_matches(wanted, namesakes or known, n=1, cutoff=0.8),
+    ]
+    return next(iter(candidates), None)
 
 
 def did_you_mean(wanted: str, known: Sequence[str]) -> str:

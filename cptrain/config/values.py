@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 import types
 from typing import Any, Literal, TypeGuard, Union, get_args, get_origin
 
@@ -87,8 +86,7 @@ def fits(value: Any, hint: Any) -> bool:
 def from_text(text: str, hint: Any) -> Any:
     """The value that a flag's text means for a type; the text itself, for `convert` to refuse, where it means none."""
     if len(members(hint)) > 1:
-        # A string takes any text, so it is asked last.
-        candidates = [from_text(text, member) for member in sorted(members(hint), key=lambda member: member is str)]
+        candidates = [from_text(text, member) for member in members(hint)]
         return next((value for value in candidates if fits(value, hint) and value != text), text)
     if get_origin(hint) is Literal:
         return next((choice for choice in get_args(hint) if str(choice).lower() == text.lower()), text)
@@ -127,7 +125,7 @@ def toml_text(value: Any) -> str:
         # JSON's escapes are TOML's, but for DEL, which JSON leaves bare.
         return json.dumps(value, ensure_ascii=_has_surrogates(value)).replace("\x7f", "\\u007f")
     if isinstance(value, float):
-        return "nan" if math.isnan(value) else repr(value)
+        return repr(value)
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(toml_text, value))}]"
     if isinstance(value, dict):

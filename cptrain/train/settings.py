@@ -77,7 +77,7 @@ class ValidationConfig:
 
     enable: bool = setting(True, "measure the loss on held-out text before the first step, at times, and at the end")
     freq: int = setting(100, "steps between two measurements")
-    steps: int = setting(16, "batches of local_batch_size sequences per data-parallel rank; -1 = all there are")
+    steps: int = setting(16, "global batches of held-out text, the same ones on any mesh; -1 = all there are")
 
     def problems(self) -> Iterator[Problem]:
         if self.freq < 1:

@@ -206,12 +206,11 @@ class Trainer:
         """Mean loss over the held-out windows, the same ones whatever the mesh. Touches neither data order nor RNG."""
         assert self.validation_windows is not None
         settings, degrees = self.settings, self.meshes.degrees
-        at_a_time = settings.training.local_batch_size
-        limit = settings.validation.steps * at_a_time * degrees.data
+        limit = settings.validation.steps * settings.global_batch_size(degrees)
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         for batch in validation_batches(
             self.validation_windows,
-            local_batch_size=at_a_time,
+            local_batch_size=settings.training.local_batch_size,
             dp_rank=self.meshes.data_rank,
             dp_degree=degrees.data,
             num_windows="all" if settings.validation.steps == -1 else limit,

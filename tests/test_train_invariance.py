@@ -1,0 +1,78 @@
+"""The same losses and weights however the ranks are divided, whatever is recomputed or accumulated."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+from runs import GLOBAL_BATCH, Outcome, assert_same_training, small_settings, train, write_text
+
+from cptrain.train.settings import TrainSettings
+
+MODES = ("none", "selective", "full")
+ACCUMULATION = (1, 2)
+FACTORISATIONS = {
+    "fsdp 4": (4, {"data_parallel_shard_degree": 4}),
+    "ring 4": (4, {"ring_degree": 4}),
+    "ulysses 4": (4, {"ulysses_degree": 4}),
+    "ring 2 x ulysses 2": (4, {"ring_degree": 2, "ulysses_degree": 2}),
+    "ring 2 x tp 2": (4, {"ring_degree": 2, "tensor_parallel_degree": 2}),
+    "dp_replicate 2 x ring 2": (4, {"data_parallel_replicate_degree": 2, "ring_degree": 2}),
+    "ring 2 x ulysses 2 x tp 2": (8, {"ring_degree": 2, "ulysses_degree": 2, "tensor_parallel_degree": 2}),
+}
+
+
+def train_each(rank: int, world: int, variants: list[TrainSettings]) -> list[Outcome | None]:
+    return [train(settings) for settings in variants]
+
+
+def variants(folder: Path, text: str, degrees: dict[str, int], world: int) -> dict[str, TrainSettings]:
+    context = degrees.get("ring_degree", 1) * degrees.get("ulysses_degree", 1)
+    data = world // (context * degrees.get("tensor_parallel_degree", 1))
+    return {
+        f"checkpointing {mode}, accumulation {accumulation}": small_settings(
+            folder / f"{mode}-{accumulation}",
+            text,
+            parallelism=degrees,
+            activation_checkpoint={"mode": mode},
+            training={"local_batch_size": GLOBAL_BATCH // (data * accumulation)},
+            data={"cache_dir": str(folder / "cache")},
+        )
+        for mode, accumulation in itertools.product(MODES, ACCUMULATION)
+    }
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> str:
+    return write_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def one_rank(pool, text, tmp_path_factory) -> Outcome:
+    """Ten steps on one rank with nothing recomputed and nothing accumulated."""
+    folder = tmp_path_factory.mktemp("one-rank")
+    settings = small_settings(folder, text, training={"local_batch_size": GLOBAL_BATCH})
+    outcome = pool.run(1, train_each, [settings])[0][0]
+    assert outcome.losses[-1] < outcome.losses[0] - 0.5, "the run must learn, or equal losses mean little"
+    return outcome
+
+
+def test_training_on_one_rank_is_the_same_with_recompute_and_accumulation(pool, one_rank, text, tmp_path):
+    runs = variants(tmp_path, text, {}, 1)
+    for name, outcome in zip(runs, pool.run(1, train_each, list(runs.values()))[0], strict=True):
+        try:
+            assert_same_training(outcome, one_rank)
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from None
+
+
+@pytest.mark.parametrize("name", FACTORISATIONS)
+def test_training_is_the_same_for_every_factorisation(pool, one_rank, text, tmp_path, name):
+    world, degrees = FACTORISATIONS[name]
+    runs = variants(tmp_path, text, degrees, world)
+    for variant, outcome in zip(runs, pool.run(world, train_each, list(runs.values()))[0], strict=True):
+        try:
+            assert_same_training(outcome, one_rank)
+        except AssertionError as error:
+            raise AssertionError(f"{name}, {variant}: {error}") from None
