@@ -1,0 +1,192 @@
+"""Time one training step at context parallel 2 and tensor parallel 2 against one rank, and that against a bare loop.
+
+Every case runs in processes of its own with --threads threads per rank; cases take turns for --rounds rounds, so that a
+machine whose speed drifts treats them alike. Ratios are medians over rounds of the same round's times.
+
+    python tools/bench_step.py                       # the table of the README
+    python tools/bench_step.py --cases one,cp4 --layers 2 --tokens 4096
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+CASES = {
+    "bare": (1, {}),
+    "one": (1, {}),
+    "cp2": (2, {"ring_degree": 2}),
+    "ulysses2": (2, {"ulysses_degree": 2}),
+    "tp2": (2, {"tensor_parallel_degree": 2}),
+    "fsdp2": (2, {"data_parallel_shard_degree": 2}),
+    "cp4": (4, {"ring_degree": 4}),
+}
+
+
+def main() -> None:
+    arguments = parse()
+    if arguments.child:
+        run_case(arguments)
+        return
+    names = arguments.cases.split(",")
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(arguments.rounds):
+        for name in names:
+            times[name].append(launch(arguments, name))
+            print(f"round {number + 1}  {name:<9} {times[name][-1]:8.3f} s/step", flush=True)
+    print(
+        f"\n{arguments.layers} layers, dim {arguments.dim}, {arguments.heads} heads, "
+        f"{arguments.kv_heads or arguments.heads} kv heads, vocabulary {arguments.vocab}, fp32, activation "
+        f"checkpointing {arguments.checkpointing}, one sequence of {arguments.tokens} tokens, {arguments.threads} "
+        f"thread(s) per rank, {arguments.rounds} rounds of {arguments.steps} steps after {arguments.warmup}"
+    )
+    print("| case | ranks | s/step (median) | speed-up over one rank |\n|---|---|---|---|")
+    for name in names:
+        ratio = "-"
+        if "one" in times:
+            ratio = f"{statistics.median(one / own for one, own in zip(times['one'], times[name], strict=True)):.3f}x"
+        print(f"| {name} | {CASES[name][0]} | {statistics.median(times[name]):.3f} | {ratio} |")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", default="bare,one,cp2,tp2", help=f"of {', '.join(CASES)}")
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--dim", type=int, default=256)
+    parser.add_argument("--heads", type=int, default=16)
+    parser.add_argument("--kv-heads", type=int, default=0, help="0 = heads")
+    parser.add_argument("--vocab", type=int, default=2048)
+    parser.add_argument("--tokens", type=int, default=8192, help="global length of the one sequence")
+    parser.add_argument("--threads", type=int, default=1, help="per rank")
+    parser.add_argument("--warmup", type=int, default=1, help="steps before the clock starts")
+    parser.add_argument(
+        "--steps", type=int, default=2, help="timed steps of each case in each round; the fastest counts"
+    )
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--checkpointing", default="none", choices=("none", "selective", "full"))
+    parser.add_argument("--child", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--result", default="", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def launch(arguments: argparse.Namespace, name: str) -> float:
+    """Seconds per step of one case, in fresh processes."""
+    ranks = CASES[name][0]
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result.json"
+        command = (
+            [sys.executable]
+            if ranks == 1
+            else [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--rdzv-backend",
+                "c10d",
+                "--rdzv-endpoint",
+                "localhost:0",
+                "--nproc-per-node",
+                str(ranks),
+            ]
+        )
+        command += [__file__, *sys.argv[1:], "--child", name, "--result", str(result)]
+        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": str(arguments.threads)})
+        return json.loads(result.read_text())
+
+
+def run_case(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from cptrain.distributed.process_group import process_group
+    from cptrain.distributed.settings import CommConfig
+
+    torch.set_num_threads(arguments.threads)
+    with tempfile.TemporaryDirectory() as folder, process_group(CommConfig(), torch.device("cpu")):
+        timed = time_bare_loop if arguments.child == "bare" else time_trainer
+        seconds = timed(arguments, Path(folder))
+    if int(os.environ.get("RANK", 0)) == 0:
+        Path(arguments.result).write_text(json.dumps(seconds))
+
+
+def settings_of(arguments: argparse.Namespace, folder: Path):
+    from cptrain.train.settings import TrainSettings
+
+    def change(section, **keys):
+        return dataclasses.replace(section, **keys)
+
+    default = TrainSettings()
+    return change(
+        default,
+        job=change(default.job, dump_folder=str(folder)),
+        model=change(
+            default.model,
+            dim=arguments.dim,
+            num_layers=arguments.layers,
+            num_heads=arguments.heads,
+            num_kv_heads=arguments.kv_heads or arguments.heads,
+            vocab_size=arguments.vocab,
+        ),
+        training=change(default.training, seq_len=arguments.tokens, steps=arguments.warmup + arguments.steps),
+        parallelism=change(default.parallelism, **CASES[arguments.child][1]),
+        activation_checkpoint=change(default.activation_checkpoint, mode=arguments.checkpointing),
+        checkpoint=change(default.checkpoint, enable=False),
+        validation=change(default.validation, enable=False),
+        metrics=change(default.metrics, enable_tensorboard=False),
+    )
+
+
+def time_trainer(arguments: argparse.Namespace, folder: Path) -> float:
+    """Seconds of the fastest timed step of the real trainer."""
+    import torch
+    import torch.distributed as dist
+
+    from cptrain.train.trainer import Trainer
+
+    seconds = []
+    with Trainer(settings_of(arguments, folder), torch.device("cpu")) as trainer:
+        for index in range(arguments.warmup + arguments.steps):
+            dist.barrier()
+            start = time.perf_counter()
+            trainer.train_step()
+            if index >= arguments.warmup:
+                seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def time_bare_loop(arguments: argparse.Namespace, folder: Path) -> float:
+    """Seconds of the fastest timed step of the same model and optimizer in a loop anyone would write."""
+    import torch
+    import torch.nn.functional as F
+
+    from cptrain.models.init import initialise
+    from cptrain.models.llama import Llama
+
+    settings = settings_of(arguments, folder)
+    model = Llama(settings.shape(arguments.vocab))
+    initialise(model, seed=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=8e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    tokens = torch.randint(0, 256, (1, arguments.tokens + 1))
+    positions = torch.arange(arguments.tokens)[None]
+    seconds = []
+    for index in range(arguments.warmup + arguments.steps):
+        start = time.perf_counter()
+        loss = F.cross_entropy(model(tokens[:, :-1], positions).flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if index >= arguments.warmup:
+            seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+if __name__ == "__main__":
+    main()
