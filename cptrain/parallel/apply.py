@@ -67,7 +67,8 @@ def parallelise(
     apply_activation_checkpoint(model, activation_checkpoint.mode)
     if compile.enable:
         compile_blocks(model, backend=compile.backend)
-    if meshes.fsdp.size() > 1 or precision.param != precision.dtype:
+    # Also on one rank of the fsdp axis: FSDP2 sums what sequence parallel leaves partial, and casts for mixed precision.
+    if meshes.degrees.world > 1 or precision.param != precision.dtype:
         apply_fsdp(
             model,
             meshes.fsdp,
