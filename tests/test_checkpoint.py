@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -279,35 +280,39 @@ def crash_at(monkeypatch: pytest.MonkeyPatch, moment: int) -> None:
     monkeypatch.setattr(storage, "write", planted(storage.write))
 
 
-@pytest.mark.parametrize("scene", ["next", "first", "replace", "branch"])
+# What is there before a save of step 4 (step -> seed of its tensors), and what may be found if that save is cut short.
+SCENES = {
+    "first": ({}, {0}),
+    "next": ({1: 1, 2: 2}, {2}),
+    "replace": ({1: 1, 2: 2, 4: 8}, {8}),
+    "branch": ({1: 1, 2: 2, 6: 6}, {2, 6}),
+}
+
+
+@pytest.mark.parametrize("scene", SCENES)
 def test_checkpoint_crash_at_any_moment_leaves_the_old_or_the_new(tmp_path, monkeypatch, scene):
+    before, old = SCENES[scene]
     for moment in itertools.count(1):
         folder = tmp_path / str(moment)
-        step = 4
-        if scene != "first":
-            save(folder, 1, 2, keep_latest_k=2)
-        if scene == "replace":
-            make(folder).save(4, tensors(2), {"step": 2}, TOML)
-        if scene == "branch":
-            save(folder, 6)
+        for step, seed in before.items():
+            make(folder).save(step, tensors(seed), {"step": seed}, TOML)
         saver = make(folder, keep_latest_k=2)
-        with monkeypatch.context() as patch:
+        done = False
+        with monkeypatch.context() as patch, contextlib.suppress(Crash, RuntimeError):  # torch wraps what it meets
             crash_at(patch, moment)
-            try:
-                done = saver.save(step, tensors(step), {"step": step}, TOML)
-            except (Crash, RuntimeError):  # torch wraps what is raised inside of it
-                done = False
+            done = saver.save(4, tensors(4), {"step": 4}, TOML)
         target = tensors(0)
         state = make(folder).load(target)
         found = state["step"] if state else 0
-        assert found in ({4} if done else {0, 4} if scene == "first" else {2, 4, 6} if scene == "branch" else {2, 4})
+        assert found in ({4} if done else {4, *old})
         assert_equal(target, tensors(found))
+        for step in make(folder).steps():
+            assert make(folder, load_step=step).load(tensors(0)) is not None, "none is half there"
         if done:
             break
-        # The next save clears what the crash left, and works.
-        assert make(folder, keep_latest_k=2).save(7, tensors(7), {"step": 7}, TOML)
+        assert make(folder, keep_latest_k=2).save(7, tensors(7), {"step": 7}, TOML), "the next save works"
         assert_loads(folder, 7)
-        left = {path.name for path in (folder / "checkpoint").iterdir()}
+        left = [path.name for path in (folder / "checkpoint").iterdir()]
         assert not [name for name in left if name.endswith((".tmp", ".deleting", ".replaced"))]
     assert moment > 10
 

@@ -162,6 +162,11 @@ def test_config_binding_names_wrong_types(write: Write, line: str, problem: str)
             "[checkpoint]\nsave_steps = 8",  # the key that this alias means is not in the toy
             "checkpoint.save_steps = 8 (my.toml:2): unknown key; sections are training, parallelism, compile, data",
         ),
+        ("[compile]\ndyn = 8", "compile.dyn = 8 (my.toml:2): unknown key; did you mean `compile.dynamic`?"),
+        (
+            "[parallelism]\nkernel.x = 8",
+            "parallelism.kernel.x = 8 (my.toml:2): unknown key; --help parallelism lists its keys",
+        ),
         ("cp_size = 8", "cp_size = 8 (my.toml:1): unknown key; did you mean `parallelism.context_parallel_degree`?"),
         (
             "[distributed]\nsp_size = 8",

@@ -50,6 +50,7 @@ from cptrain.config import ConfigError, load, setting
         (["--data.field_name", "true"], "data.field_name", "true"),
         (["--data.field_name", '"quo\\"ted"'], "data.field_name", 'quo"ted'),
         (["--data.field_name", "'a,b'"], "data.field_name", "a,b"),
+        (["--data.field_name", '"a"\nb = 1'], "data.field_name", '"a"\nb = 1'),
         (["--data.field_name", "'open"], "data.field_name", "'open"),
         (["--data.field_name=--x"], "data.field_name", "--x"),
         (["--data.field_name", "-x"], "data.field_name", "-x"),

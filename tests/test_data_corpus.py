@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ from cptrain.data.cache import cache_folder, publish
 from cptrain.data.corpus import Corpus, open_corpus
 from cptrain.data.prepare import prepare_corpus
 from cptrain.data.settings import DataConfig, TokenizerConfig
+from cptrain.data.tokenizer import ByteTokenizer
 
 BOS, EOS = 256, 257
 
@@ -253,6 +255,54 @@ def test_data_corpus_is_made_again_when_a_file_changes(tmp_path: Path) -> None:
     assert documents_of(corpus_of(tmp_path, ["newer"])) == [as_document("newer")]
 
 
+def test_data_corpus_is_cut_again_when_offsets_appear(tmp_path: Path) -> None:
+    path = write_tokens(tmp_path / "a.bin", [1, 2, EOS])
+    assert documents_of(prepared(tmp_path, source="tokens", paths=(str(path),))) == [[1, 2, EOS]]
+    write_tokens(path, [1, 2, EOS], ends=[1, 3])
+    os.utime(path, (1, 1))
+    first = prepared(tmp_path, source="tokens", paths=(str(path),))
+    write_tokens(path, [1, 2, EOS], ends=[2, 3])
+    os.utime(path, (1, 1))
+    os.utime(path.with_suffix(".idx"), (2, 2))
+    second = prepared(tmp_path, source="tokens", paths=(str(path),))
+    assert [documents_of(first), documents_of(second)] == [[[1], [2, EOS]], [[1, 2], [EOS]]]
+
+
+def test_data_corpus_is_made_again_for_another_field(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"one": "a", "two": "b"}')
+    made = [prepared(tmp_path, source="jsonl", paths=(str(path),), text_field=field) for field in ("one", "two")]
+    assert [documents_of(corpus) for corpus in made] == [[as_document("a")], [as_document("b")]]
+
+
+def test_data_corpus_is_made_again_for_another_token_dtype(tmp_path: Path) -> None:
+    path = write_tokens(tmp_path / "a.bin", [1, 2])
+    made = [prepared(tmp_path, source="tokens", paths=(str(path),), token_dtype=f"uint{bits}") for bits in (16, 8)]
+    assert [corpus.num_tokens for corpus in made] == [2, 4]
+
+
+def test_data_corpus_is_made_again_for_another_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("ab")
+    before = prepared(tmp_path, source="text", paths=(str(tmp_path / "a.txt"),))
+    monkeypatch.setattr(ByteTokenizer, "encode", lambda _, text: [7] * len(text))
+    after = prepared(tmp_path, source="text", paths=(str(tmp_path / "a.txt"),))
+    assert [documents_of(before), documents_of(after)] == [[as_document("ab")], [[BOS, 7, 7, EOS]]]
+
+
+def test_data_corpus_without_a_bos_in_the_vocabulary_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ByteTokenizer, "bos_id", None)
+    assert documents_of(corpus_of(tmp_path, ["a"])) == [[ord("a"), EOS]]
+
+
+@pytest.mark.parametrize("wrong", [-1, 259])
+def test_data_corpus_tokenizer_that_leaves_its_vocabulary_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: int
+) -> None:
+    monkeypatch.setattr(ByteTokenizer, "encode", lambda _, text: [1, wrong])
+    with pytest.raises(ValueError, match=r"texts\.jsonl:1: the tokenizer gave ids outside of its vocab_size = 259"):
+        corpus_of(tmp_path, ["a"])
+
+
 def test_data_corpus_fingerprint_follows_content_and_not_place_or_time(tmp_path: Path) -> None:
     prints = []
     for name, texts in {"one": ["a", "b"], "two": ["a", "b"], "three": ["a", "c"], "four": ["ab"]}.items():
@@ -348,8 +398,18 @@ def test_data_cache_removes_what_a_killed_builder_left_long_ago(tmp_path: Path, 
 
 def test_data_cache_that_cannot_be_written_names_its_setting(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(RuntimeError, match=r"set data\.cache_dir to a folder you may write"):
+    with pytest.raises(RuntimeError, match=r"file: .*; set data\.cache_dir to a folder"):
         publish(tmp_path / "file" / "made", lambda folder: None)
+
+
+def test_data_cache_full_disk_names_its_setting_and_leaves_nothing(tmp_path: Path) -> None:
+    def fill(folder: Path) -> None:
+        (folder / "half").write_text("x")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(RuntimeError, match=r"No space left on device; set data\.cache_dir"):
+        publish(tmp_path / "made", fill)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_data_cache_auto_is_the_users_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

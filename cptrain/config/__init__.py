@@ -3,7 +3,7 @@
 from cptrain.config.binding import load
 from cptrain.config.command import Command, parse_command_line, show
 from cptrain.config.document import dump
-from cptrain.config.error import ConfigError, fail
+from cptrain.config.error import ConfigError, fail, is_first_on_host
 from cptrain.config.preset import preset_names, presets_folder
 from cptrain.config.schema import Key, keys
 from cptrain.config.setting import Problem, setting
@@ -17,6 +17,7 @@ __all__ = [
     "Problem",
     "dump",
     "fail",
+    "is_first_on_host",
     "keys",
     "load",
     "parse_command_line",

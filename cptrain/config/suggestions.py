@@ -53,8 +53,8 @@ def suggest(wanted: str, known: Sequence[str]) -> str | None:
         *(key for key, aliases in ALIASES.items() if name.lower() in aliases.split() and key in known),
         *(namesakes if len(namesakes) == 1 else []),
         *(siblings[near] for near in get_close_matches(name, siblings, n=1, cutoff=0.6)),
-        # Keys of one section share much of their path, so that paths have to be nearer than names.
-        *get_close_matches(wanted, namesakes or known, n=1, cutoff=0.8),
+        # Paths of one section are all alike, so they are compared only where the section is not known.
+        *get_close_matches(wanted, [] if siblings else known, n=1, cutoff=0.8),
     ]
     return next(iter(candidates), None)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -13,12 +13,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from cptrain.context_parallel import dispatch
-from cptrain.context_parallel.layout import LAYOUTS, Layout, make_layout
+from cptrain.context_parallel.layout import LAYOUTS, Layout, length_multiple, make_layout, nearest_multiples
 from cptrain.context_parallel.ring import ring_attention
 from cptrain.context_parallel.ulysses import heads_to_sequence, replicate_kv_heads, sequence_to_heads
 from cptrain.distributed.settings import valid_ulysses_degrees
 from cptrain.distributed.transport import warm_up
 
+Method = Literal["auto", "ring", "ulysses", "hybrid"]
 SEQUENCE_DIM = 2  # of q, k, v [B, H, T, D]
 HEAD_DIM = 1
 
@@ -31,13 +32,13 @@ class ContextParallel:
     sequence is cut over ring x ulysses, ring outermost. Making a plan is collective over the ranks of these axes.
     method: "ring", "ulysses" or "hybrid" assert what the degrees amount to; "auto" takes what they are.
     layout: "zigzag" (even work under a causal mask) or "contiguous", over the ring axis.
-    Raises ValueError for an axis the mesh does not have and for a method that the degrees contradict.
+    Raises ValueError for an axis the mesh does not have or named twice, and for a method that the degrees contradict.
     """
 
     mesh: DeviceMesh
     ring: str | None = "ring"
     ulysses: str | None = "ulysses"
-    method: Literal["auto", "ring", "ulysses", "hybrid"] = "auto"
+    method: Method = "auto"
     layout: Literal["zigzag", "contiguous"] = "zigzag"
     ring_degree: int = field(init=False)
     ulysses_degree: int = field(init=False)
@@ -52,6 +53,12 @@ class ContextParallel:
             axis = getattr(self, key)
             if axis is not None and axis not in names:
                 raise ValueError(f'{key} = "{axis}": the mesh has the axes {", ".join(names) or "without names"}')
+        if self.ring is not None and self.ring == self.ulysses:
+            raise ValueError(
+                f'ring and ulysses are both "{self.ring}": one axis cuts the sequence once; set one to None'
+            )
+        if self.method not in get_args(Method):
+            raise ValueError(f'method = "{self.method}": must be one of {", ".join(get_args(Method))}')
         if self.layout not in LAYOUTS:
             raise ValueError(f'layout = "{self.layout}": must be one of {", ".join(LAYOUTS)}')
         ring, ulysses = self._size(self.ring), self._size(self.ulysses)
@@ -94,9 +101,12 @@ class ContextParallel:
     def shard(self, *tensors: torch.Tensor, dim: int = 1, as_dtensor: bool = False) -> Any:
         """This rank's part of each global tensor, all cut along `dim` by the same permutation; one tensor, or a tuple.
 
-        The length along `dim` must be a multiple of the degree (2 x ring x ulysses for zigzag), else ValueError. With
-        as_dtensor=True the parts come as DTensors of the whole permuted sequence, Shard(dim) on each axis of the plan.
+        The length along `dim` must be one for all, a multiple of ring x ulysses and, for zigzag, of 2 x ring; else
+        ValueError. With as_dtensor=True the parts come as DTensors of the whole permuted sequence, Shard(dim) on each
+        axis of the plan.
         """
+        if len({x.size(dim) for x in tensors}) > 1:
+            raise ValueError(f"lengths {[x.size(dim) for x in tensors]} along dim {dim}: they must be one sequence")
         parts = []
         for x in tensors:
             index = self._indices(x.size(dim)).to(x.device)
@@ -107,7 +117,7 @@ class ContextParallel:
     def unshard(self, x: torch.Tensor, *, dim: int) -> torch.Tensor:
         """The global tensor in global order, on every rank: the inverse of `shard`. Differentiable."""
         if not self._axes:
-            return x.to_local() if isinstance(x, DTensor) else x
+            return x.full_tensor() if isinstance(x, DTensor) else x
         whole = (x if isinstance(x, DTensor) else self._as_dtensor(x, dim)).full_tensor()
         return whole.index_select(dim, self._layout(whole.size(dim)).inverse().to(whole.device))
 
@@ -155,11 +165,12 @@ class ContextParallel:
 
     def _indices(self, length: int) -> torch.Tensor:
         """Global positions of this rank's tokens, in local order."""
-        if length % self.degree:
-            below, above = length // self.degree * self.degree, -(-length // self.degree) * self.degree
+        multiple = math.lcm(length_multiple(self.layout, self.ring_degree), self.degree)
+        if length % multiple or length == 0:
             raise ValueError(
-                f"a sequence of {length} tokens does not divide over {self.degree} ranks; "
-                f"the nearest lengths are {below} and {above}"
+                f"a sequence of {length} tokens does not divide over ring {self.ring_degree} x ulysses "
+                f"{self.ulysses_degree} ({self.layout}): it must be a multiple of {multiple}; "
+                f"try {nearest_multiples(length, multiple)}"
             )
         rank = 0
         for axis in self._axes:
@@ -173,6 +184,10 @@ class ContextParallel:
         return DTensor.from_local(part, self.mesh[self._axes], [Shard(dim)] * len(self._axes), run_check=False)
 
     def _check_shapes(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        if {q.ndim, k.ndim, v.ndim} != {4}:
+            raise ValueError(f"q, k, v have {q.ndim}, {k.ndim}, {v.ndim} dims; they must be [B, H, T, D]")
+        if not q.dtype == k.dtype == v.dtype:
+            raise ValueError(f"q is {q.dtype}, k {k.dtype}, v {v.dtype}: cast them to one dtype")
         heads, kv_heads = q.size(HEAD_DIM), k.size(HEAD_DIM)
         if k.shape[:3] != v.shape[:3] or q.size(0) != k.size(0) or q.size(-1) != k.size(-1):
             raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit together")
@@ -213,6 +228,12 @@ class ContextParallel:
                         f"{name} is {placement} on {axis}; needed is {' or '.join(map(str, allowed))}: redistribute it"
                     )
             local.append(x.to_local())
-        assert isinstance(q, DTensor)
+        assert isinstance(q, DTensor) and isinstance(k, DTensor) and isinstance(v, DTensor)
+        # Local head groups would pair the wrong heads if queries were cut and keys were not.
+        if not (q.device_mesh == k.device_mesh == v.device_mesh and q.placements == k.placements == v.placements):
+            raise ValueError(
+                f"q, k, v are {q.placements}, {k.placements}, {v.placements} on axes {q.device_mesh.mesh_dim_names}; "
+                "they must be cut alike: redistribute them"
+            )
         out = self.attention(*local, is_causal=is_causal, scale=scale)
         return DTensor.from_local(out, q.device_mesh, q.placements, run_check=False)

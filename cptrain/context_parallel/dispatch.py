@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from fnmatch import fnmatchcase
+from types import MethodType
 from typing import Any
 
 import torch
@@ -88,13 +89,15 @@ def apply(model: nn.Module, *, modules: str, attention: Attention) -> list[str]:
 
 def _wrap(name: str, module: nn.Module, attention: Attention) -> None:
     original = module.forward
+    # Bound anew at each call, so that a deep copy of the model computes with the parameters of the copy.
+    unbound = original.__func__ if isinstance(original, MethodType) and original.__self__ is module else None
 
     @functools.wraps(original)
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         # A mode of this call's own: torch.compile then sees no state that outlives the call.
         mode = AttentionMode(attention)
         with mode:
-            result = original(*args, **kwargs)
+            result = unbound(self, *args, **kwargs) if unbound else original(*args, **kwargs)
         if not mode.reached:
             raise RuntimeError(
                 f"{name} was made context parallel, but its forward never called F.scaled_dot_product_attention: "
@@ -103,4 +106,4 @@ def _wrap(name: str, module: nn.Module, attention: Attention) -> None:
         return result
 
     forward.is_context_parallel = True  # type: ignore[attr-defined]
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = MethodType(forward, module)  # type: ignore[method-assign]

@@ -25,7 +25,7 @@ def sequence_to_heads(x: torch.Tensor, group: str) -> torch.Tensor:
     batch, heads, length, dim = x.shape
     send = x.view(batch, size, heads // size, length, dim).permute(1, 0, 3, 2, 4).contiguous()  # [P, B, T, H/P, D]
     received = all_to_all(group, send)
-    return received.transpose(0, 1).reshape(batch, size * length, heads // size, dim).transpose(1, 2)
+    return _stored_by_token(received.transpose(0, 1).reshape(batch, size * length, heads // size, dim))
 
 
 @torch.library.custom_op("cptrain::heads_to_sequence", mutates_args=())
@@ -35,7 +35,12 @@ def heads_to_sequence(x: torch.Tensor, group: str) -> torch.Tensor:
     batch, heads, length, dim = x.shape
     send = x.transpose(1, 2).reshape(batch, size, length // size, heads, dim).transpose(0, 1).contiguous()
     received = all_to_all(group, send)  # [P, B, T, H/P, D]
-    return received.permute(1, 2, 0, 3, 4).reshape(batch, length // size, size * heads, dim).transpose(1, 2)
+    return _stored_by_token(received.permute(1, 2, 0, 3, 4).reshape(batch, length // size, size * heads, dim))
+
+
+def _stored_by_token(x: torch.Tensor) -> torch.Tensor:
+    """x [B, T, H, D] as [B, H, T, D], in memory as the fake promises; one head per rank makes the reshape a view."""
+    return x.contiguous().transpose(1, 2)
 
 
 def _fake(x: torch.Tensor, heads: int, length: int) -> torch.Tensor:

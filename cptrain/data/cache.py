@@ -24,19 +24,15 @@ def publish(folder: Path, fill: Callable[[Path], None]) -> None:
 
     `fill` writes beside, under a name of its own; the rename comes last. So a crash leaves no half-made `folder`, and
     of several processes that make the same one, one wins and the others throw theirs away.
+    RuntimeError if the disk refuses.
     """
     if folder.is_dir():
         return
+    temporary = folder.parent / f"{folder.name}.tmp-{uuid.uuid4().hex}"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(folder)
-        temporary = folder.parent / f"{folder.name}.tmp-{uuid.uuid4().hex}"
         temporary.mkdir()
-    except OSError as error:
-        raise RuntimeError(
-            f"{folder.parent}: {error.strerror}; set data.cache_dir to a folder you may write"
-        ) from error
-    try:
         fill(temporary)
         for path in [*temporary.iterdir(), temporary]:
             _sync(path)
@@ -46,6 +42,10 @@ def publish(folder: Path, fill: Callable[[Path], None]) -> None:
             if not folder.is_dir():
                 raise
         _sync(folder.parent)
+    except OSError as error:
+        raise RuntimeError(
+            f"{folder.parent}: {error.strerror or error}; set data.cache_dir to a folder with room that you may write"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

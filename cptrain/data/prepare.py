@@ -88,9 +88,9 @@ def _tokenize(folder: Path, config: DataConfig, tokenizer: Tokenizer, files: lis
                 continue
             if len(ids) and not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:
                 raise ValueError(f"{name}: the tokenizer gave ids outside of its vocab_size = {tokenizer.vocab_size}")
-            document = np.concatenate([before, ids, [tokenizer.eos_id]]).astype(dtype)
+            document = np.concatenate([before, ids, [tokenizer.eos_id]], dtype=dtype, casting="unsafe")
             output.write(document.tobytes())
-            digest.update(document.astype("<u4").tobytes())
+            digest.update(document.tobytes())
             lengths.append(len(document))
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     shards = [("tokens.bin", int(offsets[-1]))]

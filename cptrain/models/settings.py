@@ -31,7 +31,15 @@ _ROPE_KEYS_READ = {
         "rope_attention_factor",
     ),
 }
-_ROPE_KEYS = tuple(sorted({key for keys in _ROPE_KEYS_READ.values() for key in keys}))
+_ROPE_KEYS = (
+    "rope_factor",
+    "rope_original_max_position_embeddings",
+    "rope_low_freq_factor",
+    "rope_high_freq_factor",
+    "rope_beta_fast",
+    "rope_beta_slow",
+    "rope_attention_factor",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +107,8 @@ class ModelConfig:
         for key in (*_SIZES, "rope_original_max_position_embeddings"):
             if _given(value := getattr(self, key)) and value < 1:
                 yield Problem(key=key, rule="must be at least 1")
-        for key in ("norm_eps", "rope_low_freq_factor", "rope_beta_slow", "rope_attention_factor"):
+        positive = ("norm_eps", "rope_low_freq_factor", "rope_high_freq_factor", "rope_beta_fast", "rope_beta_slow")
+        for key in (*positive, "rope_attention_factor"):
             if _given(value := getattr(self, key)) and not (value > 0 and math.isfinite(value)):
                 yield Problem(key=key, rule="must be a positive number")
         if self.rope_theta != "auto" and not (self.rope_theta > 1 and math.isfinite(self.rope_theta)):

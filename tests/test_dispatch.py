@@ -1,0 +1,181 @@
+"""F.scaled_dot_product_attention inside chosen modules is replaced, exactly there, and only by what is exact."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from cptrain.context_parallel.dispatch import apply
+
+
+class Attention(nn.Module):
+    """Calls `function` on itself; options go through."""
+
+    def __init__(self, function=None, **options) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+        self.function, self.options = function, options
+
+    def forward(self, x: torch.Tensor, *args) -> torch.Tensor:
+        x = x * self.weight
+        return (self.function or F.scaled_dot_product_attention)(x, x, x, *args, **self.options)
+
+
+class Layer(nn.Module):
+    def __init__(self, **parts: nn.Module) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for part in self.children():
+            x = part(x)
+        return x
+
+
+class Recorder:
+    """An attention that remembers how it was called and returns the queries, tripled."""
+
+    def __init__(self) -> None:
+        self.calls: list[dict] = []
+
+    def __call__(self, q, k, v, **options):
+        self.calls.append(options)
+        return 3 * q
+
+
+X = torch.arange(1 * 2 * 4 * 3, dtype=torch.float64).view(1, 2, 4, 3)
+
+
+def is_replaced(module: nn.Module) -> bool:
+    return bool(getattr(module.forward, "is_context_parallel", False))
+
+
+def test_dispatch_returns_and_replaces_the_modules_that_match():
+    model, recorder = nn.Sequential(Layer(attention=Attention()), Layer(attention=Attention())), Recorder()
+    assert apply(model, modules="*.attention", attention=recorder) == ["0.attention", "1.attention"]
+    assert torch.equal(model(X), 9 * X)
+    assert len(recorder.calls) == 2
+
+
+def test_dispatch_leaves_modules_that_do_not_match_alone():
+    model, recorder = nn.Sequential(Layer(attention=Attention()), Layer(memory=Attention())), Recorder()
+    apply(model, modules="*.attention", attention=recorder)
+    plain = F.scaled_dot_product_attention(3 * X, 3 * X, 3 * X)
+    assert torch.equal(model(X), plain)
+    assert len(recorder.calls) == 1
+
+
+def test_dispatch_ends_with_the_forward_of_the_module():
+    model, recorder = nn.Sequential(Attention()), Recorder()
+    apply(model, modules="0", attention=recorder)
+    plain = F.scaled_dot_product_attention(X, X, X)
+    model(X)
+    assert torch.equal(F.scaled_dot_product_attention(X, X, X), plain)
+    assert len(recorder.calls) == 1
+
+
+def test_dispatch_ends_when_the_forward_raises():
+    model, recorder = nn.Sequential(Attention()), Recorder()
+    apply(model, modules="0", attention=recorder)
+    with pytest.raises(TypeError):
+        model[0](X, None, 0.0, True, None, False, "one argument too many")
+    F.scaled_dot_product_attention(X, X, X)
+    assert recorder.calls == []
+
+
+@pytest.mark.parametrize(
+    "function",
+    [scaled_dot_product_attention, torch._C._nn.scaled_dot_product_attention],
+    ids=["imported from", "the builtin"],
+)
+def test_dispatch_catches_the_function_however_it_was_imported(function):
+    model, recorder = nn.Sequential(Attention(function)), Recorder()
+    apply(model, modules="0", attention=recorder)
+    assert torch.equal(model(X), 3 * X)
+
+
+def test_dispatch_passes_mask_and_scale_given_by_position_or_name():
+    model, recorder = nn.Sequential(Attention(), Attention(is_causal=True, scale=0.5)), Recorder()
+    apply(model, modules="?", attention=recorder)
+    model[0](X, None, 0.0, True)
+    model[1](X)
+    assert recorder.calls == [{"is_causal": True, "scale": None}, {"is_causal": True, "scale": 0.5}]
+
+
+def test_dispatch_follows_a_deep_copy_to_the_parameters_of_the_copy():
+    model, recorder = nn.Sequential(Attention()), Recorder()
+    apply(model, modules="0", attention=recorder)
+    twin = copy.deepcopy(model)
+    nn.init.constant_(twin[0].weight, 10.0)
+    assert torch.equal(twin(X), 30 * X)
+    assert torch.equal(model(X), 3 * X)
+
+
+def test_dispatch_of_a_pattern_that_matches_nothing_lists_what_looks_like_attention():
+    model = nn.Sequential(Layer(self_attn=Attention(), mlp=nn.Identity()), Layer(self_attn=Attention()))
+    with pytest.raises(
+        ValueError, match=r'"\*\.attention" matches no module of Sequential.*0\.self_attn, 1\.self_attn$'
+    ):
+        apply(model, modules="*.attention", attention=Recorder())
+
+
+def test_dispatch_of_a_module_that_never_calls_attention_fails_at_its_first_forward():
+    model = nn.Sequential(Layer(attention=nn.Identity()))
+    apply(model, modules="*.attention", attention=Recorder())
+    with pytest.raises(RuntimeError, match=r"^0\.attention .*never called F\.scaled_dot_product_attention"):
+        model(X)
+
+
+def test_dispatch_refuses_a_match_inside_another():
+    model = nn.Sequential(Layer(attention=Attention()))
+    with pytest.raises(ValueError, match=r'"0\*" matches 0 and 0\.attention inside it'):
+        apply(model, modules="0*", attention=Recorder())
+
+
+def test_dispatch_refuses_a_module_that_is_context_parallel_already():
+    model = nn.Sequential(Attention(), Attention())
+    apply(model, modules="1", attention=Recorder())
+    with pytest.raises(ValueError, match=r"^1 is context parallel already"):
+        apply(model, modules="?", attention=Recorder())
+
+
+def test_dispatch_that_is_refused_changes_nothing():
+    model = nn.Sequential(Attention(), Layer(attention=Attention()), Attention())
+    apply(model, modules="2", attention=Recorder())
+    for modules in ("?", "[01]*"):
+        with pytest.raises(ValueError, match=r"already|inside it"):
+            apply(model, modules=modules, attention=Recorder())
+    assert [name for name, module in model.named_modules() if is_replaced(module)] == ["2"]
+
+
+@pytest.mark.parametrize(
+    ("options", "refusal", "message"),
+    [
+        ({"attn_mask": torch.ones(4, 4).bool()}, NotImplementedError, r"attn_mask \(4, 4\).*use is_causal=True"),
+        ({"dropout_p": 0.1}, NotImplementedError, r"dropout_p = 0\.1.*set it to 0\.0"),
+    ],
+    ids=["mask", "dropout"],
+)
+def test_dispatch_refuses_what_would_not_be_exact(options, refusal, message):
+    model, recorder = nn.Sequential(Attention(**options)), Recorder()
+    apply(model, modules="0", attention=recorder)
+    with pytest.raises(refusal, match=message):
+        model(X)
+    assert recorder.calls == []
+
+
+def test_dispatch_refuses_fewer_kv_heads_without_enable_gqa():
+    grouped = Attention(lambda q, k, v, **options: F.scaled_dot_product_attention(q, k[:, :1], v[:, :1], **options))
+    model, recorder = nn.Sequential(grouped), Recorder()
+    apply(model, modules="0", attention=recorder)
+    with pytest.raises(ValueError, match="2 query heads and 1 kv heads need enable_gqa=True"):
+        model(X)
+    grouped.options["enable_gqa"] = True
+    model(X)
+    assert len(recorder.calls) == 1

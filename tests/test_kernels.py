@@ -1,0 +1,237 @@
+"""Kernels of one block, and how blocks are folded into one softmax, against a dense formula in fp64."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from tolerance import assert_matches
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cptrain.context_parallel import kernels
+from cptrain.context_parallel.kernels import CPU_FLASH, KERNELS, REFERENCE, Kernel, choose_kernel, merge
+
+SCALE = 0.4
+ON_CPU = [kernel for kernel in KERNELS if "cpu" in kernel.devices]
+any_kernel = pytest.mark.parametrize("kernel", ON_CPU, ids=lambda kernel: kernel.name)
+# (causal, query length, key length, query heads, kv heads)
+SHAPES = {
+    "causal": (True, 13, 13, 4, 4),
+    "causal gqa": (True, 13, 13, 6, 2),
+    "full": (False, 13, 13, 4, 4),
+    "full mqa": (False, 13, 13, 4, 1),
+    "few queries": (False, 5, 13, 6, 2),
+    "few keys": (False, 13, 5, 6, 2),
+}
+
+
+def block(shape: str, dtype: torch.dtype = torch.float64, dim: int = 8) -> tuple[torch.Tensor, ...]:
+    """q, k, v and the output's gradient."""
+    _, num_queries, num_keys, heads, kv_heads = SHAPES[shape]
+    generator = torch.Generator().manual_seed(len(shape))
+    sizes = [(2, heads, num_queries, dim), *[(2, kv_heads, num_keys, dim)] * 2, (2, heads, num_queries, dim)]
+    return tuple(torch.randn(size, generator=generator, dtype=torch.float64).to(dtype) for size in sizes)
+
+
+def dense(q, k, v, dout, *, causal: bool, scale: float = SCALE) -> tuple[torch.Tensor, ...]:
+    """out, lse, dq, dk, dv in fp64 from whole matrices: softmax and its derivative written out."""
+    q, k, v, dout = (x.double() for x in (q, k, v, dout))
+    groups = q.size(1) // k.size(1)
+    wide_k, wide_v = (torch.stack([x] * groups, 2).flatten(1, 2) for x in (k, v))
+    scores = torch.einsum("bhqd,bhkd->bhqk", q, wide_k) * scale
+    if causal:
+        scores = scores.masked_fill(torch.ones(scores.shape[-2:]).triu(1).bool(), -math.inf)
+    exps = scores.exp()
+    p = exps / exps.sum(-1, keepdim=True)
+    dp = torch.einsum("bhqd,bhkd->bhqk", dout, wide_v)
+    ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
+    dk, dv = torch.einsum("bhqk,bhqd->bhkd", ds, q), torch.einsum("bhqk,bhqd->bhkd", p, dout)
+    return (
+        torch.einsum("bhqk,bhkd->bhqd", p, wide_v),
+        exps.sum(-1).log(),
+        torch.einsum("bhqk,bhkd->bhqd", ds, wide_k),
+        *(x.unflatten(1, (-1, groups)).sum(2) for x in (dk, dv)),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+@any_kernel
+def test_kernel_equals_the_dense_formula(kernel, shape, dtype):
+    q, k, v, dout = block(shape, dtype)
+    causal = SHAPES[shape][0]
+    out, lse = kernel.forward(q, k, v, causal, SCALE)
+    actual = (out, lse, *kernel.backward(dout, q, k, v, out, lse, causal, SCALE))
+    for name, a, e in zip(("out", "lse", "dq", "dk", "dv"), actual, dense(q, k, v, dout, causal=causal), strict=True):
+        try:
+            assert_matches(a, e.to(dtype))
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from None
+
+
+@any_kernel
+def test_kernel_in_bf16_keeps_the_dtype_of_q_and_an_fp32_lse(kernel):
+    q, k, v, dout = block("causal gqa", torch.bfloat16)
+    out, lse = kernel.forward(q, k, v, True, SCALE)
+    grads = kernel.backward(dout, q, k, v, out, lse, True, SCALE)
+    assert lse.dtype == torch.float32
+    for a, e in zip((out, *grads), [dense(q, k, v, dout, causal=True)[i] for i in (0, 2, 3, 4)], strict=True):
+        assert a.dtype == torch.bfloat16
+        assert (a.double() - e).norm() < 0.01 * e.norm()
+
+
+@any_kernel
+def test_kernel_takes_tensors_of_any_strides(kernel):
+    """Last dims of a stride other than 1 (a transposed projection), and the gradient of a sum, which has stride 0."""
+    q, k, v, _ = block("causal gqa")
+    ones = torch.ones(()).double().expand(q.shape)
+    expected = dense(q, k, v, ones, causal=True)
+    strided_q, strided_k, strided_v = (x.mT.contiguous().mT for x in (q, k, v))
+    for queries, keys, values in ((strided_q, k, v), (q, strided_k, v), (q, k, strided_v)):
+        out, lse = kernel.forward(queries, keys, values, True, SCALE)
+        grads = kernel.backward(ones, queries, keys, values, out.mT.contiguous().mT, lse, True, SCALE)
+        for a, e in zip((out, lse, *grads), expected, strict=True):
+            assert_matches(a, e)
+
+
+def forward_in_blocks(kernel: Kernel, q, k, v, cuts: list[tuple[int, int]], *, offset: int):
+    """Merged (out, lse) of queries that see all keys before `offset` and, causally, those from it on."""
+    out = torch.zeros(*q.shape[:3], v.size(-1), dtype=torch.float64)
+    lse = torch.full(q.shape[:3], -math.inf, dtype=torch.float64)
+    for start, stop in cuts:
+        merge(out, lse, *kernel.forward(q, k[:, :, start:stop], v[:, :, start:stop], start >= offset, SCALE))
+    return out, lse
+
+
+@any_kernel
+def test_kernel_gradients_of_blocks_add_up_given_the_final_out_and_lse(kernel):
+    q, _, _, dout = block("few queries")
+    _, k, v, _ = block("full")
+    k, v = (x[:, :2] for x in (k, v))
+    cuts, offset = [(0, 3), (3, 8), (8, 13)], 8  # two full blocks, then the 5 x 5 diagonal
+    rows = torch.arange(5)[:, None] + offset
+    p = torch.einsum("bhqd,bhkd->bhqk", q, k.repeat_interleave(3, 1)) * SCALE
+    p = p.masked_fill(torch.arange(13) > rows, -math.inf).softmax(-1)
+    expected_out = p @ v.repeat_interleave(3, 1)
+    ds = p * ((dout @ v.repeat_interleave(3, 1).mT) - (dout * expected_out).sum(-1, keepdim=True)) * SCALE
+    expected = (
+        ds @ k.repeat_interleave(3, 1),
+        (ds.mT @ q).unflatten(1, (2, 3)).sum(2),
+        (p.mT @ dout).unflatten(1, (2, 3)).sum(2),
+    )
+
+    out, lse = forward_in_blocks(kernel, q, k, v, cuts, offset=offset)
+    assert_matches(out, expected_out)
+    grads = [kernel.backward(dout, q, k[:, :, i:j], v[:, :, i:j], out, lse, i >= offset, SCALE) for i, j in cuts]
+    assert_matches(sum(dq for dq, _, _ in grads), expected[0])
+    assert_matches(torch.cat([dk for _, dk, _ in grads], 2), expected[1])
+    assert_matches(torch.cat([dv for _, _, dv in grads], 2), expected[2])
+
+
+@any_kernel
+def test_kernel_merge_of_blocks_is_the_same_in_any_order(kernel):
+    q, k, v, dout = block("full")
+    expected_out, expected_lse, *_ = dense(q, k, v, dout, causal=False)
+    for cuts in itertools.permutations([(0, 1), (1, 5), (5, 6), (6, 13)]):
+        out, lse = forward_in_blocks(kernel, q, k, v, list(cuts), offset=99)
+        assert_matches(out, expected_out)
+        assert_matches(lse, expected_lse)
+
+
+def rows(out: list[float], lse: list[float], dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    """out [1, 1, T, 2] with both channels alike, and lse [1, 1, T]."""
+    return torch.tensor(out, dtype=dtype)[None, None, :, None].repeat(1, 1, 1, 2), torch.tensor(lse, dtype=dtype)[
+        None, None
+    ]
+
+
+def test_kernel_merge_leaves_a_row_without_keys_at_zero_until_a_block_shows_it_one():
+    none = -math.inf
+    out, lse = rows([0, 0, 3], [none, none, 1])
+    merge(out, lse, *rows([0, 5, 0], [none, 2, none]))
+    assert out[0, 0, :, 0].tolist() == [0, 5, 3]
+    assert lse[0, 0].tolist() == [none, 2, 1]
+    merge(out, lse, *rows([7, 0, 0], [4, none, none]))
+    assert out[0, 0, :, 0].tolist() == [7, 5, 3]
+    assert lse[0, 0].tolist() == [4, 2, 1]
+
+
+@pytest.mark.parametrize("gap", [89.0, 1e3, 1e30])
+def test_kernel_merge_of_far_apart_lse_neither_overflows_nor_drops_the_larger(gap):
+    out, lse = rows([1, 1, 2], [0, gap, 0])
+    merge(out, lse, *rows([2, 2, 1], [gap, 0, -gap]))
+    expected_out, expected_lse = rows([2, 1, 2], [gap, gap, 0])
+    assert torch.equal(out, expected_out)
+    torch.testing.assert_close(lse, expected_lse)
+
+
+def test_kernel_merge_lets_a_nan_through():
+    out, lse = rows([1], [0])
+    merge(out, lse, *rows([math.nan], [math.nan]))
+    assert out.isnan().all()
+    assert lse.isnan().all()
+
+
+def test_kernel_merge_takes_blocks_of_lower_precision_without_touching_them():
+    out, lse = rows([1, 2], [0, 0], torch.float32)
+    block_out, block_lse = rows([3, 4], [0, 0], torch.bfloat16)[0], torch.zeros(1, 1, 2)
+    before = block_out.clone(), block_lse.clone()
+    merge(out, lse, block_out, block_lse)
+    assert out.dtype == torch.float32
+    assert out[0, 0, :, 0].tolist() == [2, 3]
+    assert torch.equal(block_out, before[0])
+    assert torch.equal(block_lse, before[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@any_kernel
+def test_kernel_never_writes_into_an_input_or_returns_a_part_of_it(kernel, dtype):
+    q, k, v, dout = block("causal", dtype)
+    copies = [x.clone() for x in (q, k, v, dout)]
+    out, lse = kernel.forward(q, k, v, True, SCALE)
+    kept_out, kept_lse = out.clone(), lse.clone()
+    results = (out, lse, *kernel.backward(dout, q, k, v, out, lse, True, SCALE))
+    for x, copy in zip((q, k, v, dout, out, lse), [*copies, kept_out, kept_lse], strict=True):
+        assert torch.equal(x, copy)
+    storages = [x.untyped_storage().data_ptr() for x in (q, k, v, dout, *results)]
+    assert len(set(storages)) == len(storages)
+
+
+def test_kernel_choice_takes_the_fastest_that_fits():
+    assert choose_kernel("cpu", torch.float64) is CPU_FLASH
+    assert choose_kernel("cuda", torch.bfloat16).name == "cuda flash"
+    assert choose_kernel("cuda", torch.float32) is REFERENCE
+
+
+def test_kernel_choice_refuses_by_name_and_says_what_there_is():
+    with pytest.raises(NotImplementedError, match=r"torch\.int64 on cpu\. There are cpu flash: cpu; cuda flash: cuda;"):
+        choose_kernel("cpu", torch.int64)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the most elements that any operation returned."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(x, torch.Tensor):
+                self.elements = max(self.elements, x.numel())
+        return result
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_kernel_reference_scores_few_rows_at_a_time_and_is_the_same(monkeypatch, causal):
+    heads, length, tile = 2, 61, 4
+    q, k, v, dout = (torch.randn(1, heads, length, 3, dtype=torch.float64) for _ in range(4))
+    expected = dense(q, k, v, dout, causal=causal)
+    monkeypatch.setattr(kernels, "ROWS_PER_TILE", tile)
+    with LargestTensor() as largest:
+        out, lse = REFERENCE.forward(q, k, v, causal, SCALE)
+        actual = (out, lse, *REFERENCE.backward(dout, q, k, v, out, lse, causal, SCALE))
+    assert largest.elements == heads * tile * length
+    for a, e in zip(actual, expected, strict=True):
+        assert_matches(a, e)

@@ -1,0 +1,186 @@
+"""How many messages, bytes and kernel calls a step costs, and that selective checkpointing repeats none of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from small import loss_sum, plan, small_batch, small_model
+from tolerance import assert_matches
+
+from cptrain.context_parallel import ring
+from cptrain.parallel.activation_checkpoint import apply_activation_checkpoint
+
+LAYERS = 2
+
+
+class Log(list):
+    """What happened, in order: ("send", bytes, group), ("all to all", bytes, group), ("forward",), ("backward",)."""
+
+    def take(self) -> Counter:
+        """Number of events of each kind so far; starts anew."""
+        counts = Counter(event[0] for event in self)
+        self.clear()
+        return counts
+
+
+@contextmanager
+def logged() -> Iterator[Log]:
+    """Logs all point-to-point and all-to-all messages of this process, and the kernel calls of the ring operator."""
+    log = Log()
+    send, exchange, choose = dist.batch_isend_irecv, dist.all_to_all_single, ring.choose_kernel
+
+    def counted_send(operations):
+        sent = [op for op in operations if op.op is dist.isend]
+        log.extend(("send", op.tensor.nbytes, op.group.group_name) for op in sent)
+        return send(operations)
+
+    def counted_exchange(output, tensor, *, group, **options):
+        log.append(("all to all", tensor.nbytes, group.group_name))
+        return exchange(output, tensor, group=group, **options)
+
+    def counted_kernel(*args):
+        kernel = choose(*args)
+        return dataclasses.replace(
+            kernel,
+            forward=lambda *a: (log.append(("forward",)), kernel.forward(*a))[1],
+            backward=lambda *a: (log.append(("backward",)), kernel.backward(*a))[1],
+        )
+
+    with (
+        mock.patch.object(dist, "batch_isend_irecv", counted_send),
+        mock.patch.object(dist, "all_to_all_single", counted_exchange),
+        mock.patch.object(ring, "choose_kernel", counted_kernel),
+    ):
+        yield log
+
+
+def step_of_a_model(ring_degree: int, ulysses_degree: int, mode: str) -> tuple[Counter, Counter]:
+    """Events of forward and backward on this rank; loss and gradients are checked against one process."""
+    inputs = small_batch(8 * ring_degree * ulysses_degree)
+    reference = small_model(num_layers=LAYERS)
+    expected = loss_sum(reference, *inputs)
+    expected.backward()
+
+    model, cp = small_model(num_layers=LAYERS), plan(ring_degree, ulysses_degree)
+    cp.apply(model, modules="layers.*.attention")
+    apply_activation_checkpoint(model, mode)  # type: ignore[arg-type]
+    with logged() as log:
+        loss = loss_sum(model, *cp.shard(*inputs))
+        forward = log.take()
+        loss.backward()
+        backward = log.take()
+    total = loss.detach().clone()
+    dist.all_reduce(total)
+    assert_matches(total, expected.detach())
+    for parameter, whole in zip(model.parameters(), reference.parameters(), strict=True):
+        dist.all_reduce(parameter.grad)
+        assert_matches(parameter.grad, whole.grad)
+    return forward, backward
+
+
+def attention_of_a_shard(layout: str, causal: bool, dtype: torch.dtype) -> tuple[Log, Log, int]:
+    """Logs of one attention's forward and backward on a ring of all ranks, and the bytes of its keys and values."""
+    cp = plan(dist.get_world_size(), layout=layout)
+    q, k, v = (torch.randn(2, heads, 6, 4, dtype=dtype, requires_grad=True) for heads in (4, 2, 2))
+    with logged() as log:
+        out = cp.attention(q, k, v, is_causal=causal)
+        forward = Log(log)
+        out.sum().backward()
+    return forward, Log(log[len(forward) :]), k.nbytes + v.nbytes
+
+
+PLANS = {2: [(2, 1), (1, 2)], 3: [(3, 1)], 4: [(4, 1), (2, 2)]}
+CASES = [(world, degrees) for world, plans in PLANS.items() for degrees in plans]
+each_plan = pytest.mark.parametrize(("world", "degrees"), CASES, ids=[f"ring {r} x ulysses {u}" for _, (r, u) in CASES])
+MODES = ("none", "selective", "full")
+LAYOUTS = [("contiguous", True), ("zigzag", True), ("contiguous", False)]
+DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+
+
+def steps_on_all_plans(rank: int, world: int) -> dict:
+    return {(degrees, mode): step_of_a_model(*degrees, mode) for degrees in PLANS[world] for mode in MODES}
+
+
+def attention_in_all_ways(rank: int, world: int) -> dict:
+    return {(*way, dtype): attention_of_a_shard(*way, dtype) for way in LAYOUTS for dtype in DTYPES}
+
+
+@pytest.fixture(scope="module")
+def steps(pool) -> dict[int, list[dict]]:
+    """World size -> of each rank, ((ring, ulysses), mode) -> events of a step of a model."""
+    return {world: pool.run(world, steps_on_all_plans) for world in PLANS}
+
+
+@pytest.fixture(scope="module")
+def attentions(pool) -> dict[int, list[dict]]:
+    """World size -> of each rank, (layout, causal, dtype) -> events of one attention."""
+    return {world: pool.run(world, attention_in_all_ways) for world in (1, 2, 3, 4)}
+
+
+def once(ring_degree: int, ulysses_degree: int) -> tuple[Counter, Counter]:
+    """Events of a model's forward and backward where nothing is repeated; q, k, v and out change hands in Ulysses."""
+    n, exchanges = ring_degree, 4 if ulysses_degree > 1 else 0
+    forward = {"forward": n, "send": n - 1, "all to all": exchanges}
+    backward = {"backward": n, "send": (n - 2) + (n - 1) if n > 1 else 0, "all to all": exchanges}
+    return tuple(Counter({key: LAYERS * value for key, value in side.items()}) for side in (forward, backward))
+
+
+@pytest.mark.parametrize("mode", ["none", "selective"])
+@each_plan
+def test_messages_and_kernels_are_not_repeated_without_and_with_selective_checkpointing(steps, world, degrees, mode):
+    for of_rank in steps[world]:
+        assert of_rank[degrees, mode] == once(*degrees)
+
+
+@each_plan
+def test_messages_and_kernels_of_forward_are_repeated_by_full_checkpointing(steps, world, degrees):
+    forward, backward = once(*degrees)
+    for of_rank in steps[world]:
+        assert of_rank[degrees, "full"] == (forward, backward + forward)
+
+
+def sent(log: Log) -> list[int]:
+    return [event[1] for event in log if event[0] == "send"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_messages_of_the_ring_have_the_bytes_of_the_formula(attentions, world, dtype):
+    widening = 2 if dtype == torch.bfloat16 else 1
+    for of_rank in attentions[world]:
+        forward, backward, m = of_rank["zigzag", True, dtype]
+        assert sum(sent(forward)) == (world - 1) * m
+        assert sum(sent(backward)) == (world - 2) * m + (world - 1) * widening * m
+
+
+@pytest.mark.parametrize(("layout", "causal"), LAYOUTS)
+def test_messages_are_posted_by_all_ranks_before_the_blocks_they_hide_behind(attentions, layout, causal):
+    for rank, of_rank in enumerate(attentions[3]):
+        forward, backward, _ = of_rank[layout, causal, torch.float64]
+        # Under a contiguous causal layout rank 0 sees no key of another rank, yet passes on what it holds.
+        blocks = [1 if not causal or layout == "zigzag" or hop <= rank else 0 for hop in range(3)]
+        expected = ["send"] + ["forward"] * blocks[0] + ["send"] + ["forward"] * (blocks[1] + blocks[2])
+        assert [event[0] for event in forward] == expected
+        assert len(sent(backward)) == 3
+        assert backward[0][0] == "send"
+
+
+def test_messages_of_gradients_have_a_communicator_of_their_own(attentions):
+    for of_rank in attentions[4]:
+        forward, backward, _ = of_rank["zigzag", True, torch.float64]
+        (of_keys,) = {event[2] for event in forward if event[0] == "send"}
+        groups = Counter(event[2] for event in backward if event[0] == "send")
+        assert groups.pop(of_keys) == 2, "N - 2 hops of keys"
+        assert list(groups.values()) == [3], "N - 1 of gradients, beside them"
+
+
+def test_messages_of_one_rank_are_none(attentions):
+    forward, backward, _ = attentions[1][0]["zigzag", True, torch.float64]
+    assert (forward, backward) == ([("forward",)], [("backward",)])

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Every check of the project: lint, format, types, tests. Makes or reuses .venv.
+# Arguments go to pytest: bash tools/test.sh tests/test_attention.py -k ulysses
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=launch/venv.sh
+. "$root/launch/venv.sh"
+set_up dev
+
+cd "$root"
+# One thread per process: the distributed tests run up to eight at once.
+export OMP_NUM_THREADS=1
+.venv/bin/ruff check --quiet .
+.venv/bin/ruff format --quiet --check .
+.venv/bin/mypy --no-error-summary
+exec .venv/bin/python -m pytest "$@"
