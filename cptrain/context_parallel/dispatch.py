@@ -24,20 +24,22 @@ Attention = Callable[..., torch.Tensor]
 class AttentionMode(TorchFunctionMode):
     """While active, sends `F.scaled_dot_product_attention` to `attention`, and remembers that it was called."""
 
-    def __init__(self, attention: Attention) -> None:
+    def __init__(self, attention: Attention, window_size: int | None) -> None:
         super().__init__()
         self.attention = attention
+        self.window_size = window_size
         self.reached = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
             self.reached = True
-            return _replace(self.attention, *args, **(kwargs or {}))
+            return _replace(self.attention, self.window_size, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
 def _replace(
     attention: Attention,
+    window_size: int | None,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -61,10 +63,12 @@ def _replace(
         raise ValueError(
             f"{query.size(1)} query heads and {key.size(1)} kv heads need enable_gqa=True, as on one device"
         )
-    return attention(query, key, value, is_causal=is_causal, scale=scale)
+    if window_size is not None and not is_causal:
+        raise ValueError(f"window_size = {window_size}: these modules call attention without is_causal=True")
+    return attention(query, key, value, is_causal=is_causal, window_size=window_size, scale=scale)
 
 
-def apply(model: nn.Module, *, modules: str, attention: Attention) -> list[str]:
+def apply(model: nn.Module, *, modules: str, attention: Attention, window_size: int | None = None) -> list[str]:
     """Names of the modules of `model` whose name matches the pattern and whose attention is now `attention`.
 
     Raises ValueError when nothing matches, when a match contains another (its calls would be taken twice) or already is
@@ -82,17 +86,17 @@ def apply(model: nn.Module, *, modules: str, attention: Attention) -> list[str]:
         if inside:
             raise ValueError(f'modules = "{modules}" matches {name} and {inside[0]} inside it; name only one of them')
     for name, module in matched.items():
-        _wrap(name, module, attention)
+        _wrap(name, module, attention, window_size)
     return list(matched)
 
 
-def _wrap(name: str, module: nn.Module, attention: Attention) -> None:
+def _wrap(name: str, module: nn.Module, attention: Attention, window_size: int | None) -> None:
     original = module.forward
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
         # A mode of this call's own: torch.compile then sees no state that outlives the call.
-        mode = AttentionMode(attention)
+        mode = AttentionMode(attention, window_size)
         with mode:
             result = original(*args, **kwargs)
         if not mode.reached:

@@ -67,7 +67,7 @@ def parallelise(
     apply_activation_checkpoint(model, activation_checkpoint.mode)
     if compile.enable:
         compile_blocks(model, backend=compile.backend)
-    # Also on one rank of the fsdp axis: FSDP2 sums what sequence parallel leaves partial, and casts for mixed precision.
+    # Also on one rank of the fsdp axis: FSDP2 sums what sequence parallel leaves partial, and casts to param_dtype.
     if meshes.degrees.world > 1 or precision.param != precision.dtype:
         apply_fsdp(
             model,
