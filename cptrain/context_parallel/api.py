@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -15,7 +17,7 @@ from cptrain.context_parallel import dispatch
 from cptrain.context_parallel.attention import Route
 from cptrain.context_parallel.attention import attention as attention_operator
 from cptrain.context_parallel.groups import Groups, make_groups
-from cptrain.context_parallel.layout import LAYOUTS, Layout, make_layout
+from cptrain.context_parallel.layout import LAYOUTS, Layout, length_multiple, make_layout, nearest_multiples
 from cptrain.context_parallel.ulysses import heads_to_sequence, replicate_kv_heads, sequence_to_heads
 from cptrain.distributed.settings import divisors, valid_ulysses_degrees
 from cptrain.distributed.transport import warm_up
@@ -52,6 +54,7 @@ class ContextParallel:
     _groups: Groups = field(init=False, repr=False)
     _heads_group: str = field(init=False, repr=False)
     _route: str = field(init=False, repr=False)
+    _family: dict[tuple[Any, ...], ContextParallel] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         ring, ulysses = self._size("ring"), self._size("ulysses")
@@ -73,6 +76,7 @@ class ContextParallel:
         self._set("_groups", groups)
         self._set("_heads_group", heads_group)
         carried_by = "all_gather" if self.method == "all_gather" else "ring"
+        self._set("_family", {})
         self._set("_route", Route(carried_by, ring, self.layout, self.overlap, groups).encode())
 
     @property
@@ -83,9 +87,12 @@ class ContextParallel:
     def shard(self, *tensors: torch.Tensor, dim: int = 1, as_dtensor: bool = False) -> Any:
         """This rank's part of each global tensor, all cut along `dim` by the same permutation; one tensor, or a tuple.
 
-        The length along `dim` must be a multiple of the degree (2 x ring x ulysses for zigzag), else ValueError. With
-        as_dtensor=True the parts come as DTensors of the whole permuted sequence, Shard(dim) on each axis of the plan.
+        The length along `dim` must be one for all, a multiple of ring x ulysses and, for zigzag, of 2 x ring; else
+        ValueError. With as_dtensor=True the parts come as DTensors of the whole permuted sequence, Shard(dim) on each
+        axis of the plan.
         """
+        if len({x.size(dim) for x in tensors}) > 1:
+            raise ValueError(f"lengths {[x.size(dim) for x in tensors]} along dim {dim}: they must be one sequence")
         parts = []
         for x in tensors:
             index = self._pieces(x.size(dim))[self._place()].to(x.device)
@@ -96,7 +103,7 @@ class ContextParallel:
     def unshard(self, x: torch.Tensor, *, dim: int) -> torch.Tensor:
         """The global tensor in global order, on every rank: the inverse of `shard`. Differentiable."""
         if not self._axes:
-            return x.to_local() if isinstance(x, DTensor) else x
+            return x.full_tensor() if isinstance(x, DTensor) else x
         whole = (x if isinstance(x, DTensor) else self._as_dtensor(x, dim)).full_tensor()
         return whole.index_select(dim, torch.argsort(self._pieces(whole.size(dim)).flatten()).to(whole.device))
 
@@ -129,14 +136,61 @@ class ContextParallel:
         out, _, _ = attention_operator(q, k, v, self._route, is_causal, window_size or 0, scale)
         return heads_to_sequence(out, self._heads_group) if self.ulysses_degree > 1 else out
 
-    def apply(self, model: nn.Module, *, modules: str, window_size: int | None = None) -> list[str]:
+    def apply(self, model: nn.Module, *, modules: str | Sequence[str], window_size: int | None = None) -> list[str]:
         """Make `F.scaled_dot_product_attention` inside the modules that match (`"*.attention"`) context parallel.
 
+        Modules that already are take this plan instead of theirs.
         window_size: gives these modules a sliding window, which the function itself cannot express; models whose layers
         differ call this once per kind of layer. Returns the names. Raises ValueError when the pattern matches nothing;
         see `dispatch.apply`.
         """
         return dispatch.apply(model, modules=modules, attention=self.attention, window_size=window_size)
+
+    def regroup(
+        self, *, ring: int, ulysses: int, method: Method = "auto", ring_inner_degree: int = 1, data: str = "dp_shard"
+    ) -> ContextParallel:
+        """A plan with other degrees over the same ranks; the mesh axis `data` takes the ranks that they leave.
+
+        Plans are kept, so that changing back and forth makes no new groups. `apply` the new plan to switch a model.
+        Collective over all ranks. Raises ValueError when ring x ulysses does not divide the ranks of data x context.
+        """
+        key = (ring, ulysses, method, ring_inner_degree, data)
+        if key not in self._family:
+            plan = ContextParallel(
+                self._reshaped_mesh(ring, ulysses, data),
+                ring=self.ring or "ring",
+                ulysses=self.ulysses or "ulysses",
+                method=method,
+                layout=self.layout,
+                ring_inner_degree=ring_inner_degree,
+                overlap=self.overlap,
+            )
+            plan._set("_family", self._family)
+            self._family[key] = plan
+        return self._family[key]
+
+    def _reshaped_mesh(self, ring: int, ulysses: int, data: str) -> DeviceMesh:
+        """The mesh with its data, ring and ulysses axes divided anew, in the same order over the same ranks."""
+        names = self.mesh.mesh_dim_names or ()
+        context = [self.ring or "ring", self.ulysses or "ulysses"]
+        ours = [axis for axis in names if axis in (data, *context)]
+        total = math.prod(self.mesh.size(names.index(axis)) for axis in ours)
+        if min(ring, ulysses) < 1 or total % (ring * ulysses) or (data not in names and total != ring * ulysses):
+            raise ValueError(
+                f"ring {ring} x ulysses {ulysses} does not fit the {total} ranks of {' x '.join(ours)}: the product "
+                f"must {'divide' if data in names else 'be'} {total}"
+            )
+        if self.mesh.size() != dist.get_world_size():
+            raise ValueError(
+                f"the mesh has {self.mesh.size()} of {dist.get_world_size()} ranks; regroup needs one with all of them"
+            )
+        sizes = {data: total // (ring * ulysses), context[0]: ring, context[1]: ulysses}
+        wanted = [axis for axis in ours if axis == data]
+        wanted += sorted(context, key=lambda axis: names.index(axis) if axis in names else len(names))
+        others = [axis for axis in names if axis not in ours]
+        ranks = self.mesh.mesh.permute([names.index(axis) for axis in (*others, *ours)])
+        shape = [*(self.mesh.size(names.index(axis)) for axis in others), *(sizes[axis] for axis in wanted)]
+        return DeviceMesh(self.mesh.device_type, ranks.reshape(shape), mesh_dim_names=(*others, *wanted))
 
     def describe(self) -> str:
         """One line: method, degrees, layout and hops."""
@@ -163,6 +217,10 @@ class ContextParallel:
         return self.mesh.size(names.index(axis))
 
     def _check(self, ring: int, ulysses: int) -> None:
+        if self.ring is not None and self.ring == self.ulysses:
+            raise ValueError(
+                f'ring and ulysses are both "{self.ring}": one axis cuts the sequence once; set one to None'
+            )
         if self.layout not in LAYOUTS:
             raise ValueError(f'layout = "{self.layout}": must be one of {", ".join(LAYOUTS)}')
         possible = {
@@ -199,11 +257,12 @@ class ContextParallel:
 
         The ring cuts the sequence as its layout says, ulysses cuts each shard evenly, whichever axis is the outer one.
         """
-        if length % self.degree:
-            below, above = length // self.degree * self.degree, -(-length // self.degree) * self.degree
+        multiple = math.lcm(length_multiple(self.layout, self.ring_degree), self.degree)
+        if length % multiple or length == 0:
             raise ValueError(
-                f"a sequence of {length} tokens does not divide over {self.degree} ranks; "
-                f"the nearest lengths are {below} and {above}"
+                f"a sequence of {length} tokens does not divide over ring {self.ring_degree} x ulysses "
+                f"{self.ulysses_degree} ({self.layout}): it must be a multiple of {multiple}; "
+                f"try {nearest_multiples(length, multiple)}"
             )
         shards = self.ring_layout(length).permutation().view(self.ring_degree, self.ulysses_degree, -1)
         if len(self._axes) == 2 and self._axes[0] == self.ulysses:
@@ -222,6 +281,10 @@ class ContextParallel:
     def _check_tensors(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, is_causal: bool, window_size: int | None
     ) -> None:
+        if {q.ndim, k.ndim, v.ndim} != {4}:
+            raise ValueError(f"q, k, v have {q.ndim}, {k.ndim}, {v.ndim} dims; they must be [B, H, T, D]")
+        if not q.dtype == k.dtype == v.dtype:
+            raise ValueError(f"q is {q.dtype}, k {k.dtype}, v {v.dtype}: cast them to one dtype")
         heads, kv_heads = q.size(HEAD_DIM), k.size(HEAD_DIM)
         if k.shape[:3] != v.shape[:3] or q.size(0) != k.size(0) or q.size(-1) != k.size(-1):
             raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit together")
@@ -262,6 +325,12 @@ class ContextParallel:
                         f"{name} is {placement} on {axis}; needed is {' or '.join(map(str, allowed))}: redistribute it"
                     )
             local.append(x.to_local())
-        assert isinstance(q, DTensor)
+        assert isinstance(q, DTensor) and isinstance(k, DTensor) and isinstance(v, DTensor)
+        # Local head groups would pair the wrong heads if queries were cut and keys were not.
+        if not (q.device_mesh == k.device_mesh == v.device_mesh and q.placements == k.placements == v.placements):
+            raise ValueError(
+                f"q, k, v are {q.placements}, {k.placements}, {v.placements} on axes {q.device_mesh.mesh_dim_names}; "
+                "they must be cut alike: redistribute them"
+            )
         out = self.attention(*local, **options)
         return DTensor.from_local(out, q.device_mesh, q.placements, run_check=False)

@@ -9,8 +9,9 @@ step would be gone when the backward pass recomputes, and patching the function 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
+from types import MethodType
 from typing import Any
 
 import torch
@@ -68,37 +69,57 @@ def _replace(
     return attention(query, key, value, is_causal=is_causal, window_size=window_size, scale=scale)
 
 
-def apply(model: nn.Module, *, modules: str, attention: Attention, window_size: int | None = None) -> list[str]:
+def apply(
+    model: nn.Module, *, modules: str | Sequence[str], attention: Attention, window_size: int | None = None
+) -> list[str]:
     """Names of the modules of `model` whose name matches the pattern and whose attention is now `attention`.
 
-    Raises ValueError when nothing matches, when a match contains another (its calls would be taken twice) or already is
-    context parallel; and, at its first forward, RuntimeError for a matched module that never calls the function.
+    A module that is context parallel already takes the new plan from its next forward on. Raises ValueError when
+    nothing matches or a match contains another (its calls would be taken twice); and, at its first forward,
+    RuntimeError for a matched module that never calls the function.
     """
-    matched = {name: module for name, module in model.named_modules() if name and fnmatchcase(name, modules)}
+    patterns = [modules] if isinstance(modules, str) else list(modules)
+    matched = {
+        name: module
+        for name, module in model.named_modules()
+        if name and any(fnmatchcase(name, pattern) for pattern in patterns)
+    }
     if not matched:
         kinds = sorted({name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1].find("att") >= 0})
         hint = f"; modules with att in their name: {', '.join(kinds[:8])}" if kinds else ""
-        raise ValueError(f'modules = "{modules}" matches no module of {type(model).__name__}{hint}')
-    for name, module in matched.items():
-        if getattr(module.forward, "is_context_parallel", False):
-            raise ValueError(f"{name} is context parallel already")
+        raise ValueError(f"modules = {modules!r} matches no module of {type(model).__name__}{hint}")
+    for name in matched:
         inside = [other for other in matched if other.startswith(name + ".")]
         if inside:
-            raise ValueError(f'modules = "{modules}" matches {name} and {inside[0]} inside it; name only one of them')
+            raise ValueError(f"modules = {modules!r} matches {name} and {inside[0]} inside it; name only one of them")
     for name, module in matched.items():
-        _wrap(name, module, attention, window_size)
+        switch = getattr(module.forward, "context_parallel_switch", None)
+        if switch is None:
+            _wrap(name, module, Switch(attention, window_size))
+        else:
+            switch.attention, switch.window_size = attention, window_size
     return list(matched)
 
 
-def _wrap(name: str, module: nn.Module, attention: Attention, window_size: int | None) -> None:
+class Switch:
+    """Which attention a module uses: what `apply` sets, and sets again when the plan changes."""
+
+    def __init__(self, attention: Attention, window_size: int | None) -> None:
+        self.attention = attention
+        self.window_size = window_size
+
+
+def _wrap(name: str, module: nn.Module, switch: Switch) -> None:
     original = module.forward
+    # Bound anew at each call, so that a deep copy of the model computes with the parameters of the copy.
+    unbound = original.__func__ if isinstance(original, MethodType) and original.__self__ is module else None
 
     @functools.wraps(original)
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         # A mode of this call's own: torch.compile then sees no state that outlives the call.
-        mode = AttentionMode(attention, window_size)
+        mode = AttentionMode(switch.attention, switch.window_size)
         with mode:
-            result = original(*args, **kwargs)
+            result = unbound(self, *args, **kwargs) if unbound else original(*args, **kwargs)
         if not mode.reached:
             raise RuntimeError(
                 f"{name} was made context parallel, but its forward never called F.scaled_dot_product_attention: "
@@ -106,5 +127,5 @@ def _wrap(name: str, module: nn.Module, attention: Attention, window_size: int |
             )
         return result
 
-    forward.is_context_parallel = True  # type: ignore[attr-defined]
-    module.forward = forward  # type: ignore[method-assign]
+    forward.context_parallel_switch = switch  # type: ignore[attr-defined]
+    module.forward = MethodType(forward, module)  # type: ignore[method-assign]

@@ -43,9 +43,15 @@ class Kernel:
     backward: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
+def _unit_stride(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors with a last dim of stride 1, which flash kernels assume unseen: F.sdpa checks it, they do not."""
+    return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
+
+
 def _cpu_forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    q, k, v = _unit_stride(q, k, v)
     return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
 
 
@@ -59,12 +65,14 @@ def _cpu_backward(
     causal: bool,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    q, k, v, out = _unit_stride(q, k, v, out)
     return aten._scaled_dot_product_flash_attention_for_cpu_backward(dout, q, k, v, out, lse, 0.0, causal, scale=scale)
 
 
 def _cuda_forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    q, k, v = _unit_stride(q, k, v)
     out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
     return out, lse
 
@@ -79,6 +87,7 @@ def _cuda_backward(
     causal: bool,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    q, k, v, out = _unit_stride(q, k, v, out)
     # The seed and offset of the dropout generator are asked for even when nothing is dropped.
     unused = torch.empty((), dtype=torch.uint64, device=q.device)
     return aten._scaled_dot_product_flash_attention_backward(

@@ -109,11 +109,21 @@ def make_layout(name: str, num_ranks: int, length: int) -> Layout:
     return LAYOUTS[name](num_ranks, length) if num_ranks > 1 else contiguous(1, length)
 
 
+def length_multiple(name: str, num_ranks: int) -> int:
+    """What divides every sequence length that the layout of this name can cut over the ranks."""
+    return 2 * num_ranks if name == "zigzag" and num_ranks > 1 else num_ranks
+
+
 def _chunk_size(length: int, pieces: int, name: str) -> int:
     if length % pieces or length == 0:
-        below, above = length // pieces * pieces, (length // pieces + 1) * pieces
-        nearest = f"{below} or {above}" if below else str(above)
         raise ValueError(
-            f"a {name} layout needs a sequence length that is a multiple of {pieces}, got {length}; try {nearest}"
+            f"a {name} layout needs a sequence length that is a multiple of {pieces}, got {length}; "
+            f"try {nearest_multiples(length, pieces)}"
         )
     return length // pieces
+
+
+def nearest_multiples(length: int, multiple: int) -> str:
+    """The positive multiples right below and above a length, as text for errors."""
+    below = length // multiple * multiple
+    return f"{below} or {below + multiple}" if below else str(multiple)
