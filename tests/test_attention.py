@@ -1,8 +1,9 @@
-"""Attention over sequence shards equals attention in one process, forward and backward."""
+"""Attention over sequence shards equals attention in one process: every method x layout x mask x heads, both ways."""
 
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -12,83 +13,186 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from cptrain.context_parallel import ContextParallel
 
-DEGREES = {2: [(2, 1), (1, 2)], 3: [(3, 1)], 4: [(4, 1), (1, 4), (2, 2)], 8: [(4, 2), (2, 4)]}
+# ranks -> what a plan is made with; "ring" and "ulysses" are degrees
+PLANS: dict[int, dict[str, dict[str, Any]]] = {
+    1: {"alone": {}},
+    2: {
+        "ring": {"ring": 2},
+        "ulysses": {"ulysses": 2},
+        "all-gather": {"ring": 2, "method": "all_gather"},
+        "double ring of 2": {"ring": 2, "ring_inner_degree": 2},
+        "ring without overlap": {"ring": 2, "overlap": False},
+    },
+    3: {
+        "ring": {"ring": 3},
+        "all-gather": {"ring": 3, "method": "all_gather"},
+        "double ring of 3": {"ring": 3, "ring_inner_degree": 3},
+    },
+    4: {
+        "ring": {"ring": 4},
+        "ulysses": {"ulysses": 4},
+        "hybrid": {"ring": 2, "ulysses": 2},
+        "hybrid, ulysses outside": {"ring": 2, "ulysses": 2, "outside": "ulysses"},
+        "all-gather": {"ring": 4, "method": "all_gather"},
+        "double ring 2 x 2": {"ring": 4, "ring_inner_degree": 2},
+        "double ring 2 x 2 without overlap": {"ring": 4, "ring_inner_degree": 2, "overlap": False},
+        "all-gather without overlap": {"ring": 4, "method": "all_gather", "overlap": False},
+    },
+    8: {
+        "ring": {"ring": 8},
+        "ulysses": {"ulysses": 8},
+        "hybrid": {"ring": 4, "ulysses": 2},
+        "hybrid with double ring": {"ring": 4, "ulysses": 2, "ring_inner_degree": 2},
+        "all-gather": {"ring": 8, "method": "all_gather"},
+        "double ring, inner 2": {"ring": 8, "ring_inner_degree": 2},
+        "double ring, inner 4": {"ring": 8, "ring_inner_degree": 4},
+    },
+}
 HEADS = {"mha": (8, 8), "gqa": (8, 2), "mqa": (8, 1)}
-CASES = [(n, r, u) for n, pairs in DEGREES.items() for r, u in pairs]
+# chunks are 6 tokens of zigzag and 12 of contiguous: windows within one, across one, across ranks, and beyond all
+MASKS: dict[str, dict[str, Any]] = {
+    "causal": {"is_causal": True},
+    "full": {"is_causal": False},
+    "window 2": {"is_causal": True, "window_size": 2},
+    "window 4": {"is_causal": True, "window_size": 4},
+    "window 7": {"is_causal": True, "window_size": 7},
+    "window 20": {"is_causal": True, "window_size": 20},
+    "window 1000": {"is_causal": True, "window_size": 1000},
+}
 
 
 def problem(
     heads: int, kv_heads: int, *, length: int, batch: int = 2, dim: int = 8, dtype: torch.dtype = torch.float64
-):
+) -> tuple[torch.Tensor, ...]:
     """Global q, k, v and the output's gradient, the same on every rank."""
     generator = torch.Generator().manual_seed(heads * 100 + kv_heads)
-    shapes = [(batch, heads, length, dim), (batch, kv_heads, length, dim), (batch, kv_heads, length, dim)]
-    q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
-    return q, k, v, torch.randn(shapes[0], generator=generator, dtype=torch.float64).to(dtype)
+    shapes = [(batch, count, length, dim) for count in (heads, kv_heads, kv_heads, heads)]
+    return tuple(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
 
 
-def single_process(q, k, v, dout, *, causal: bool, scale: float | None = None):
+def visible(length: int, window_size: int) -> torch.Tensor:
+    """The dense mask that a sliding window stands for."""
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    return (distance >= 0) & (distance < window_size)
+
+
+def single_process(q, k, v, dout, *, is_causal: bool, window_size: int | None = None, scale: float | None = None):
     """Output and gradients of plain SDPA over the whole sequence."""
     q, k, v = (x.detach().clone().requires_grad_() for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=q.size(1) != k.size(1))
+    mask = None if window_size is None else visible(q.size(2), window_size)
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=is_causal and mask is None, scale=scale, enable_gqa=q.size(1) != k.size(1)
+    )
     return out.detach(), *torch.autograd.grad(out, (q, k, v), dout)
 
 
-def sharded(cp: ContextParallel, q, k, v, dout, *, causal: bool, scale: float | None = None):
+def sharded(cp: ContextParallel, q, k, v, dout, **options: Any):
     """The same through a plan, gathered to global order."""
     q, k, v = (cp.shard(x, dim=2).requires_grad_() for x in (q, k, v))
-    out = cp.attention(q, k, v, is_causal=causal, scale=scale)
+    out = cp.attention(q, k, v, **options)
     grads = torch.autograd.grad(out, (q, k, v), cp.shard(dout, dim=2))
     return tuple(cp.unshard(x.detach(), dim=2) for x in (out, *grads))
 
 
-def plan(ring: int, ulysses: int, layout: str = "zigzag") -> ContextParallel:
-    mesh = init_device_mesh("cpu", (ring, ulysses), mesh_dim_names=("ring", "ulysses"))
-    return ContextParallel(mesh, layout=layout)  # type: ignore[arg-type]
+def make_plan(layout: str = "zigzag", *, ring: int = 1, ulysses: int = 1, outside: str = "ring", **options: Any):
+    """A plan over all ranks; `outside` is the axis whose ranks lie further apart."""
+    axes = {"ring": ring, "ulysses": ulysses}
+    names = ("ring", "ulysses") if outside == "ring" else ("ulysses", "ring")
+    mesh = init_device_mesh("cpu", tuple(axes[name] for name in names), mesh_dim_names=names)
+    return ContextParallel(mesh, layout=layout, **options)  # type: ignore[arg-type]
 
 
-def check_every_case(rank: int, world: int, ring: int, ulysses: int) -> None:
-    for layout, causal, (heads, kv_heads) in itertools.product(("zigzag", "contiguous"), (True, False), HEADS.values()):
+def check_every_case(rank: int, world: int, options: dict[str, Any]) -> None:
+    plans = {layout: make_plan(layout, **options) for layout in ("zigzag", "contiguous")}
+    for (heads, kv_heads), (mask_name, mask) in itertools.product(HEADS.values(), MASKS.items()):
         inputs = problem(heads, kv_heads, length=12 * world)
-        expected = single_process(*inputs, causal=causal)
-        actual = sharded(plan(ring, ulysses, layout), *inputs, causal=causal)
-        for name, a, e in zip(("out", "dq", "dk", "dv"), actual, expected, strict=True):
-            try:
-                assert_matches(a, e)
-            except AssertionError as error:
-                raise AssertionError(f"{name}, {layout}, causal {causal}, {heads}/{kv_heads} heads: {error}") from None
+        expected = single_process(*inputs, **mask)
+        for layout, plan in plans.items():
+            actual = sharded(plan, *inputs, **mask)
+            for name, a, e in zip(("out", "dq", "dk", "dv"), actual, expected, strict=True):
+                try:
+                    assert_matches(a, e)
+                except AssertionError as error:
+                    case = f"{name}, {layout}, {mask_name}, {heads}/{kv_heads} heads"
+                    raise AssertionError(f"{case}: {error}") from None
 
 
-@pytest.mark.parametrize(("world", "ring", "ulysses"), CASES)
-def test_attention_equals_one_process_in_fp64(pool, world, ring, ulysses):
-    pool.run(world, check_every_case, ring, ulysses)
+@pytest.mark.parametrize(("world", "name"), [(world, name) for world, plans in PLANS.items() for name in plans])
+def test_attention_equals_one_process_in_fp64(pool, world, name):
+    pool.run(world, check_every_case, PLANS[world][name])
 
 
-def bf16_errors(rank: int, world: int, ring: int, ulysses: int) -> list[tuple[str, float, float]]:
-    inputs = problem(8, 2, length=64 * world, dim=16, dtype=torch.bfloat16)
-    exact = single_process(*(x.double() for x in inputs), causal=True)
-    single = single_process(*inputs, causal=True)
-    ours = sharded(plan(ring, ulysses), *inputs, causal=True)
-    rows = []
-    for name, a, s, e in zip(("out", "dq", "dk", "dv"), ours, single, exact, strict=True):
-        assert a.dtype == torch.bfloat16
-        rows.append((name, float((a.double() - e).norm() / e.norm()), float((s.double() - e).norm() / e.norm())))
+def bf16_errors(rank: int, world: int, options: dict[str, Any]) -> list[tuple[str, float, float]]:
+    plan, rows = make_plan(**options), []
+    for mask_name in ("causal", "full", "window 20"):
+        inputs, mask = problem(8, 2, length=64 * world, dim=16, dtype=torch.bfloat16), MASKS[mask_name]
+        exact = single_process(*(x.double() for x in inputs), **mask)
+        single = single_process(*inputs, **mask)
+        ours = sharded(plan, *inputs, **mask)
+        for name, a, s, e in zip(("out", "dq", "dk", "dv"), ours, single, exact, strict=True):
+            assert a.dtype == torch.bfloat16
+            error = tuple(float((x.double() - e).norm() / e.norm()) for x in (a, s))
+            rows.append((f"{mask_name}, {name}", *error))
     return rows
 
 
-@pytest.mark.parametrize(("world", "ring", "ulysses"), [(4, 4, 1), (4, 1, 4), (4, 2, 2), (8, 8, 1)])
-def test_attention_in_bf16_is_within_twice_the_single_device_error(pool, world, ring, ulysses):
-    for name, ours, single in pool.run(world, bf16_errors, ring, ulysses)[0]:
-        assert single > 1e-4, f"{name}: the reference shows no bf16 error, so the test compares nothing"
-        assert ours <= 2 * single, f"{name}: error {ours:.2e}, one device has {single:.2e}"
+@pytest.mark.parametrize(
+    ("world", "name"),
+    [(4, "ring"), (4, "ulysses"), (4, "hybrid"), (4, "all-gather"), (4, "double ring 2 x 2"), (8, "ring")],
+)
+def test_attention_in_bf16_is_within_twice_the_single_device_error(pool, world, name):
+    for what, ours, single in pool.run(world, bf16_errors, PLANS[world][name])[0]:
+        assert single > 1e-4, f"{what}: the reference shows no bf16 error, so the test compares nothing"
+        assert ours <= 2 * single, f"{what}: error {ours:.2e}, one device has {single:.2e}"
 
 
 def fp32_and_scale(rank: int, world: int) -> None:
     inputs = problem(4, 2, length=16 * world, dtype=torch.float32)
-    expected = single_process(*inputs, causal=True, scale=0.7)
-    for a, e in zip(sharded(plan(world, 1), *inputs, causal=True, scale=0.7), expected, strict=True):
+    before = [x.clone() for x in inputs]
+    expected = single_process(*inputs, is_causal=True, scale=0.7)
+    for a, e in zip(sharded(make_plan(ring=world), *inputs, is_causal=True, scale=0.7), expected, strict=True):
         assert_matches(a, e)
+    assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
 
 
 def test_attention_takes_a_scale_and_keeps_fp32_inputs_unharmed(pool):
     pool.run(4, fp32_and_scale)
+
+
+def differing_dims(rank: int, world: int, options: dict[str, Any]) -> None:
+    q, k, v, dout = problem(4, 2, length=12 * world, dim=8)
+    v, dout = v[..., :4].contiguous(), dout[..., :4].contiguous()
+    for mask in (MASKS["causal"], MASKS["window 7"], MASKS["full"]):
+        expected = single_process(q, k, v, dout, **mask)
+        for a, e in zip(sharded(make_plan(**options), q, k, v, dout, **mask), expected, strict=True):
+            assert_matches(a, e)
+
+
+@pytest.mark.parametrize("name", ["ring", "ulysses", "all-gather", "double ring 2 x 2"])
+def test_attention_takes_values_narrower_than_keys(pool, name):
+    pool.run(4, differing_dims, PLANS[4][name])
+
+
+def cross_attention(rank: int, world: int, options: dict[str, Any]) -> None:
+    q, _, _, dout = problem(4, 4, length=6 * world)
+    _, k, v, _ = problem(4, 2, length=10 * world)
+    expected = single_process(q, k, v, dout, is_causal=False)
+    for a, e in zip(sharded(make_plan(**options), q, k, v, dout, is_causal=False), expected, strict=True):
+        assert_matches(a, e)
+
+
+@pytest.mark.parametrize("name", ["ring", "ulysses", "hybrid", "all-gather", "double ring 2 x 2"])
+def test_attention_crosses_to_keys_of_another_length(pool, name):
+    pool.run(4, cross_attention, PLANS[4][name])
+
+
+def window_of_one(rank: int, world: int) -> None:
+    q, k, v, dout = problem(4, 4, length=12 * world)
+    out, dq, dk, dv = sharded(make_plan(ring=world), q, k, v, dout, is_causal=True, window_size=1)
+    assert_matches(out, v)
+    assert_matches(dv, dout)
+    assert dq.abs().max() < 1e-12 and dk.abs().max() < 1e-12  # a softmax of one key does not depend on it
+
+
+def test_attention_with_a_window_of_one_returns_the_values(pool):
+    pool.run(2, window_of_one)

@@ -7,7 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from cptrain.metrics.flops import training_flops, visible_pairs
+from cptrain.metrics.flops import attention_pairs, training_flops, visible_pairs
 from cptrain.metrics.peak import peak_flops
 from cptrain.models.llama import Llama
 from cptrain.models.shape import ModelShape, RopeScaling
@@ -45,7 +45,7 @@ def test_metrics_flops_are_those_of_the_model(changes):
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # flash counts its recomputation
         model(tokens, positions).sum().backward()
     pairs = visible_pairs([length] * batch, "full")
-    assert training_flops(shape, tokens=batch * length, pairs=pairs) == counter.get_total_flops()
+    assert training_flops(shape, tokens=batch * length, pairs=pairs * shape.num_layers) == counter.get_total_flops()
 
 
 @pytest.mark.parametrize("lengths", [[7], [3, 1, 5], [1], []])
@@ -62,7 +62,7 @@ def test_metrics_flops_of_llama_8b_at_128k_are_mostly_attention():
     )
     length = 131072
     matrix_weights = 8_030_261_248 - 128256 * 4096 - 65 * 4096  # of the published count: all but embedding and norms
-    flops = training_flops(shape, tokens=length, pairs=visible_pairs([length], "causal"))
+    flops = training_flops(shape, tokens=length, pairs=attention_pairs(shape, [length]))
     assert flops / length == pytest.approx(6 * matrix_weights + 32 * 6 * 4096 * (length + 1), rel=1e-12)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -13,15 +14,17 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from cptrain.context_parallel import dispatch
+from cptrain.context_parallel.attention import Route
+from cptrain.context_parallel.attention import attention as attention_operator
+from cptrain.context_parallel.groups import Groups, make_groups
 from cptrain.context_parallel.layout import LAYOUTS, Layout, length_multiple, make_layout, nearest_multiples
-from cptrain.context_parallel.ring import ring_attention
 from cptrain.context_parallel.ulysses import heads_to_sequence, replicate_kv_heads, sequence_to_heads
-from cptrain.distributed.settings import valid_ulysses_degrees
+from cptrain.distributed.settings import divisors, valid_ulysses_degrees
 from cptrain.distributed.transport import warm_up
 
-Method = Literal["auto", "ring", "ulysses", "hybrid"]
 SEQUENCE_DIM = 2  # of q, k, v [B, H, T, D]
 HEAD_DIM = 1
+Method = Literal["auto", "ring", "ulysses", "hybrid", "all_gather"]
 
 
 @dataclass(frozen=True)
@@ -29,10 +32,13 @@ class ContextParallel:
     """One sequence over the ranks of a mesh: how it is cut, and exact attention over the cuts. Holds no tensors.
 
     mesh: a DeviceMesh that has the axes named by `ring` and `ulysses`; an axis of None, or of size 1, is not used. The
-    sequence is cut over ring x ulysses, ring outermost. Making a plan is collective over the ranks of these axes.
-    method: "ring", "ulysses" or "hybrid" assert what the degrees amount to; "auto" takes what they are.
+    sequence is cut over the ring, and each of its shards over ulysses. Making a plan is collective over these ranks.
+    method: "ring", "ulysses" and "hybrid" assert what the degrees amount to; "auto" takes what they are; "all_gather"
+    gathers keys over the ring axis instead of passing them on.
     layout: "zigzag" (even work under a causal mask) or "contiguous", over the ring axis.
-    Raises ValueError for an axis the mesh does not have or named twice, and for a method that the degrees contradict.
+    ring_inner_degree: ranks of an inner ring (double ring), a divisor of the ring degree; 1 is a single ring.
+    overlap: messages travel while blocks are computed; False waits for each, to measure what overlapping is worth.
+    Raises ValueError for an axis the mesh does not have and for what the degrees contradict.
     """
 
     mesh: DeviceMesh
@@ -40,58 +46,38 @@ class ContextParallel:
     ulysses: str | None = "ulysses"
     method: Method = "auto"
     layout: Literal["zigzag", "contiguous"] = "zigzag"
+    ring_inner_degree: int = 1
+    overlap: bool = True
     ring_degree: int = field(init=False)
     ulysses_degree: int = field(init=False)
     _axes: tuple[str, ...] = field(init=False, repr=False)
-    _kv_group: str = field(init=False, repr=False)
-    _grad_group: str = field(init=False, repr=False)
+    _groups: Groups = field(init=False, repr=False)
     _heads_group: str = field(init=False, repr=False)
+    _route: str = field(init=False, repr=False)
+    _family: dict[tuple[Any, ...], ContextParallel] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        names = self.mesh.mesh_dim_names or ()
-        for key in ("ring", "ulysses"):
-            axis = getattr(self, key)
-            if axis is not None and axis not in names:
-                raise ValueError(f'{key} = "{axis}": the mesh has the axes {", ".join(names) or "without names"}')
-        if self.ring is not None and self.ring == self.ulysses:
-            raise ValueError(
-                f'ring and ulysses are both "{self.ring}": one axis cuts the sequence once; set one to None'
-            )
-        if self.method not in get_args(Method):
-            raise ValueError(f'method = "{self.method}": must be one of {", ".join(get_args(Method))}')
-        if self.layout not in LAYOUTS:
-            raise ValueError(f'layout = "{self.layout}": must be one of {", ".join(LAYOUTS)}')
-        ring, ulysses = self._size(self.ring), self._size(self.ulysses)
-        actual = {(True, True): "hybrid", (True, False): "ring", (False, True): "ulysses"}.get(
-            (ring > 1, ulysses > 1), self.method
-        )
-        if self.method not in ("auto", actual):
-            raise ValueError(
-                f'method = "{self.method}": ring degree {ring} and ulysses degree {ulysses} make "{actual}"'
-            )
-        derived: dict[str, Any] = {
-            "method": actual,
-            "ring_degree": ring,
-            "ulysses_degree": ulysses,
-            "_axes": tuple(axis for axis, size in ((self.ring, ring), (self.ulysses, ulysses)) if axis and size > 1),
-            "_kv_group": "",
-            "_grad_group": "",
-            "_heads_group": "",
-        }
+        ring, ulysses = self._size("ring"), self._size("ulysses")
+        self._check(ring, ulysses)
+        if self.method == "auto":
+            kinds = {(True, True): "hybrid", (True, False): "ring", (False, True): "ulysses", (False, False): "auto"}
+            self._set("method", kinds[ring > 1, ulysses > 1])
+        self._set("ring_degree", ring)
+        self._set("ulysses_degree", ulysses)
+        used = [axis for axis, size in ((self.ring, ring), (self.ulysses, ulysses)) if axis and size > 1]
+        self._set("_axes", tuple(axis for axis in self.mesh.mesh_dim_names or () if axis in used))
         device = torch.device(self.mesh.device_type)
+        groups, heads_group = Groups(), ""
         if ring > 1 and self.ring:
-            kv_group = self.mesh.get_group(self.ring)
-            # Key gradients never queue behind keys; only the ranks of one ring take part in making the group.
-            grad_group = dist.new_group(dist.get_process_group_ranks(kv_group), use_local_synchronization=True)
-            warm_up(kv_group, device)
-            warm_up(grad_group, device)
-            derived.update(_kv_group=kv_group.group_name, _grad_group=grad_group.group_name)
+            groups = make_groups(self.mesh.get_group(self.ring), self.ring_inner_degree, device)
         if ulysses > 1 and self.ulysses:
-            heads_group = self.mesh.get_group(self.ulysses)
-            warm_up(heads_group, device)
-            derived["_heads_group"] = heads_group.group_name
-        for name, value in derived.items():
-            object.__setattr__(self, name, value)
+            warm_up(self.mesh.get_group(self.ulysses), device)
+            heads_group = self.mesh.get_group(self.ulysses).group_name
+        self._set("_groups", groups)
+        self._set("_heads_group", heads_group)
+        carried_by = "all_gather" if self.method == "all_gather" else "ring"
+        self._set("_family", {})
+        self._set("_route", Route(carried_by, ring, self.layout, self.overlap, groups).encode())
 
     @property
     def degree(self) -> int:
@@ -109,7 +95,7 @@ class ContextParallel:
             raise ValueError(f"lengths {[x.size(dim) for x in tensors]} along dim {dim}: they must be one sequence")
         parts = []
         for x in tensors:
-            index = self._indices(x.size(dim)).to(x.device)
+            index = self._pieces(x.size(dim))[self._place()].to(x.device)
             part = x.index_select(dim, index)
             parts.append(self._as_dtensor(part, dim) if as_dtensor else part)
         return parts[0] if len(parts) == 1 else tuple(parts)
@@ -119,52 +105,158 @@ class ContextParallel:
         if not self._axes:
             return x.full_tensor() if isinstance(x, DTensor) else x
         whole = (x if isinstance(x, DTensor) else self._as_dtensor(x, dim)).full_tensor()
-        return whole.index_select(dim, self._layout(whole.size(dim)).inverse().to(whole.device))
+        return whole.index_select(dim, torch.argsort(self._pieces(whole.size(dim)).flatten()).to(whole.device))
 
     def attention(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, is_causal: bool, scale: float | None = None
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        is_causal: bool,
+        window_size: int | None = None,
+        scale: float | None = None,
     ) -> torch.Tensor:
         """Exact attention over the whole sequence for this rank's queries. Differentiable.
 
         Shapes: q [B, H, T, D], k [B, Hk, T, D], v [B, Hk, T, Dv] local shards -> [B, H, T, Dv]; H a multiple of Hk, kv
-        heads need not be expanded. scale: of the scores, by default 1 / sqrt(D). DTensors come back as DTensors: they
-        must be Shard(2) on the axes of the plan, and may be Shard(1) (heads) or Shard(0) (batch) on others.
-        Raises ValueError for shapes that do not fit each other or the degrees.
+        heads need not be expanded. window_size: a query sees the last so many keys, itself among them; needs is_causal.
+        scale: of the scores, by default 1 / sqrt(D). Without is_causal, keys may be of another sequence than queries
+        (cross-attention) of another length, cut over the same ranks.
+        DTensors come back as DTensors: they must be Shard(2) on the axes of the plan, and may be Shard(1) (heads) or
+        Shard(0) (batch) on others. Raises ValueError for shapes that do not fit each other or the degrees.
         """
         if isinstance(q, DTensor) or isinstance(k, DTensor) or isinstance(v, DTensor):
-            return self._dtensor_attention(q, k, v, is_causal=is_causal, scale=scale)
-        self._check_shapes(q, k, v)
+            return self._dtensor_attention(q, k, v, is_causal=is_causal, window_size=window_size, scale=scale)
+        self._check_tensors(q, k, v, is_causal, window_size)
         if self.ulysses_degree > 1:
             k, v = (replicate_kv_heads(x, self.ulysses_degree) for x in (k, v))
             q, k, v = (sequence_to_heads(x, self._heads_group) for x in (q, k, v))
         scale = 1 / math.sqrt(q.size(-1)) if scale is None else scale
-        out, _, _ = ring_attention(q, k, v, self.layout, is_causal, scale, self._kv_group, self._grad_group)
+        out, _, _ = attention_operator(q, k, v, self._route, is_causal, window_size or 0, scale)
         return heads_to_sequence(out, self._heads_group) if self.ulysses_degree > 1 else out
 
-    def apply(self, model: nn.Module, *, modules: str) -> list[str]:
+    def apply(self, model: nn.Module, *, modules: str | Sequence[str], window_size: int | None = None) -> list[str]:
         """Make `F.scaled_dot_product_attention` inside the modules that match (`"*.attention"`) context parallel.
 
-        Returns their names. Raises ValueError when the pattern matches nothing; see `dispatch.apply`.
+        Modules that already are take this plan instead of theirs.
+        window_size: gives these modules a sliding window, which the function itself cannot express; models whose layers
+        differ call this once per kind of layer. Returns the names. Raises ValueError when the pattern matches nothing;
+        see `dispatch.apply`.
         """
-        return dispatch.apply(model, modules=modules, attention=self.attention)
+        return dispatch.apply(model, modules=modules, attention=self.attention, window_size=window_size)
+
+    def regroup(
+        self, *, ring: int, ulysses: int, method: Method = "auto", ring_inner_degree: int = 1, data: str = "dp_shard"
+    ) -> ContextParallel:
+        """A plan with other degrees over the same ranks; the mesh axis `data` takes the ranks that they leave.
+
+        Plans are kept, so that changing back and forth makes no new groups. `apply` the new plan to switch a model.
+        Collective over all ranks. Raises ValueError when ring x ulysses does not divide the ranks of data x context.
+        """
+        key = (ring, ulysses, method, ring_inner_degree, data)
+        if key not in self._family:
+            plan = ContextParallel(
+                self._reshaped_mesh(ring, ulysses, data),
+                ring=self.ring or "ring",
+                ulysses=self.ulysses or "ulysses",
+                method=method,
+                layout=self.layout,
+                ring_inner_degree=ring_inner_degree,
+                overlap=self.overlap,
+            )
+            plan._set("_family", self._family)
+            self._family[key] = plan
+        return self._family[key]
+
+    def _reshaped_mesh(self, ring: int, ulysses: int, data: str) -> DeviceMesh:
+        """The mesh with its data, ring and ulysses axes divided anew, in the same order over the same ranks."""
+        names = self.mesh.mesh_dim_names or ()
+        context = [self.ring or "ring", self.ulysses or "ulysses"]
+        ours = [axis for axis in names if axis in (data, *context)]
+        total = math.prod(self.mesh.size(names.index(axis)) for axis in ours)
+        if min(ring, ulysses) < 1 or total % (ring * ulysses) or (data not in names and total != ring * ulysses):
+            raise ValueError(
+                f"ring {ring} x ulysses {ulysses} does not fit the {total} ranks of {' x '.join(ours)}: the product "
+                f"must {'divide' if data in names else 'be'} {total}"
+            )
+        if self.mesh.size() != dist.get_world_size():
+            raise ValueError(
+                f"the mesh has {self.mesh.size()} of {dist.get_world_size()} ranks; regroup needs one with all of them"
+            )
+        sizes = {data: total // (ring * ulysses), context[0]: ring, context[1]: ulysses}
+        wanted = [axis for axis in ours if axis == data]
+        wanted += sorted(context, key=lambda axis: names.index(axis) if axis in names else len(names))
+        others = [axis for axis in names if axis not in ours]
+        ranks = self.mesh.mesh.permute([names.index(axis) for axis in (*others, *ours)])
+        shape = [*(self.mesh.size(names.index(axis)) for axis in others), *(sizes[axis] for axis in wanted)]
+        return DeviceMesh(self.mesh.device_type, ranks.reshape(shape), mesh_dim_names=(*others, *wanted))
 
     def describe(self) -> str:
-        """One line: method, degrees and layout."""
+        """One line: method, degrees, layout and hops."""
         if self.degree == 1:
             return "no context parallelism (one rank holds the whole sequence)"
-        hops = f", {self.ring_degree - 1} hops" if self.ring_degree > 1 else ""
-        layout = f", {self.layout}" if self.ring_degree > 1 else ""
-        return f"{self.method} (ring {self.ring_degree} x ulysses {self.ulysses_degree}{layout}{hops})"
+        parts = [f"ring {self.ring_degree} x ulysses {self.ulysses_degree}"]
+        if self.ring_degree > 1:
+            parts.append(self.layout)
+            if self.ring_inner_degree > 1:
+                parts.append(f"inner rings of {self.ring_inner_degree}")
+            if self.method != "all_gather":
+                parts.append(f"{self.ring_degree - 1} hops, two key buffers")
+        return f"{self.method} ({', '.join(parts)})"
 
-    def _size(self, axis: str | None) -> int:
-        return self.mesh.size((self.mesh.mesh_dim_names or ()).index(axis)) if axis else 1
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
 
-    def _layout(self, length: int) -> Layout:
-        """How the ring cuts a sequence of `length`; each shard is then cut evenly by ulysses."""
-        return make_layout(self.layout, self.ring_degree, length)
+    def _size(self, kind: Literal["ring", "ulysses"]) -> int:
+        axis, names = getattr(self, kind), self.mesh.mesh_dim_names or ()
+        if axis is None:
+            return 1
+        if axis not in names:
+            raise ValueError(f'{kind} = "{axis}": the mesh has the axes {", ".join(names) or "without names"}')
+        return self.mesh.size(names.index(axis))
 
-    def _indices(self, length: int) -> torch.Tensor:
-        """Global positions of this rank's tokens, in local order."""
+    def _check(self, ring: int, ulysses: int) -> None:
+        if self.ring is not None and self.ring == self.ulysses:
+            raise ValueError(
+                f'ring and ulysses are both "{self.ring}": one axis cuts the sequence once; set one to None'
+            )
+        if self.layout not in LAYOUTS:
+            raise ValueError(f'layout = "{self.layout}": must be one of {", ".join(LAYOUTS)}')
+        possible = {
+            "auto": True,
+            "ring": ulysses == 1,
+            "all_gather": ulysses == 1,
+            "ulysses": ring == 1,
+            "hybrid": (ring > 1) == (ulysses > 1),
+        }
+        if self.method not in possible:
+            raise ValueError(f'method = "{self.method}": must be one of {", ".join(possible)}')
+        if not possible[self.method]:
+            fitting = [name for name, fits in possible.items() if fits]
+            raise ValueError(
+                f'method = "{self.method}": ring degree {ring} and ulysses degree {ulysses} allow {", ".join(fitting)}'
+            )
+        if self.ring_inner_degree not in divisors(ring):
+            raise ValueError(
+                f"ring_inner_degree = {self.ring_inner_degree}: a ring of {ring} allows "
+                f"{', '.join(map(str, divisors(ring)))}"
+            )
+
+    def _place(self) -> int:
+        """This rank's place in the order of `_pieces`."""
+        place = 0
+        for axis in self._axes:
+            place = place * self.mesh.size((self.mesh.mesh_dim_names or ()).index(axis)) + self.mesh.get_local_rank(
+                axis
+            )
+        return place
+
+    def _pieces(self, length: int) -> torch.Tensor:
+        """Global positions of every rank's tokens, ranks in the order of the mesh. Shape [degree, length / degree].
+
+        The ring cuts the sequence as its layout says, ulysses cuts each shard evenly, whichever axis is the outer one.
+        """
         multiple = math.lcm(length_multiple(self.layout, self.ring_degree), self.degree)
         if length % multiple or length == 0:
             raise ValueError(
@@ -172,18 +264,23 @@ class ContextParallel:
                 f"{self.ulysses_degree} ({self.layout}): it must be a multiple of {multiple}; "
                 f"try {nearest_multiples(length, multiple)}"
             )
-        rank = 0
-        for axis in self._axes:
-            rank = rank * self._size(axis) + self.mesh.get_local_rank(axis)
-        each = length // self.degree
-        return self._layout(length).permutation()[rank * each : (rank + 1) * each]
+        shards = self.ring_layout(length).permutation().view(self.ring_degree, self.ulysses_degree, -1)
+        if len(self._axes) == 2 and self._axes[0] == self.ulysses:
+            shards = shards.transpose(0, 1)
+        return shards.flatten(0, 1)
+
+    def ring_layout(self, length: int) -> Layout:
+        """How the ring cuts a sequence of `length`."""
+        return make_layout(self.layout, self.ring_degree, length)
 
     def _as_dtensor(self, part: torch.Tensor, dim: int) -> DTensor:
         if not self._axes:
             return DTensor.from_local(part, self.mesh, [Replicate()] * self.mesh.ndim, run_check=False)
         return DTensor.from_local(part, self.mesh[self._axes], [Shard(dim)] * len(self._axes), run_check=False)
 
-    def _check_shapes(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    def _check_tensors(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, is_causal: bool, window_size: int | None
+    ) -> None:
         if {q.ndim, k.ndim, v.ndim} != {4}:
             raise ValueError(f"q, k, v have {q.ndim}, {k.ndim}, {v.ndim} dims; they must be [B, H, T, D]")
         if not q.dtype == k.dtype == v.dtype:
@@ -191,11 +288,13 @@ class ContextParallel:
         heads, kv_heads = q.size(HEAD_DIM), k.size(HEAD_DIM)
         if k.shape[:3] != v.shape[:3] or q.size(0) != k.size(0) or q.size(-1) != k.size(-1):
             raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit together")
-        if q.size(SEQUENCE_DIM) != k.size(SEQUENCE_DIM):
-            raise NotImplementedError(
-                f"{q.size(SEQUENCE_DIM)} query and {k.size(SEQUENCE_DIM)} key tokens per rank: only self-attention is "
-                "context parallel; give queries and keys the same sharding"
+        if is_causal and q.size(SEQUENCE_DIM) != k.size(SEQUENCE_DIM):
+            raise ValueError(
+                f"{q.size(SEQUENCE_DIM)} query and {k.size(SEQUENCE_DIM)} key tokens per rank: a causal mask needs as "
+                "many keys as queries; use is_causal=False for cross-attention"
             )
+        if window_size is not None and (window_size < 1 or not is_causal):
+            raise ValueError(f"window_size = {window_size}: must be at least 1, with is_causal=True; or leave it out")
         if heads % kv_heads:
             raise ValueError(f"{heads} query heads are not a multiple of {kv_heads} kv heads")
         valid = valid_ulysses_degrees(heads, kv_heads)
@@ -205,9 +304,7 @@ class ContextParallel:
                 f"{', '.join(map(str, valid))}; or give the rest to the ring"
             )
 
-    def _dtensor_attention(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, is_causal: bool, scale: float | None
-    ) -> torch.Tensor:
+    def _dtensor_attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
         """`attention` for DTensors: placements are checked against the plan, the work is on local tensors."""
         local = []
         for name, x in (("q", q), ("k", k), ("v", v)):
@@ -235,5 +332,5 @@ class ContextParallel:
                 f"q, k, v are {q.placements}, {k.placements}, {v.placements} on axes {q.device_mesh.mesh_dim_names}; "
                 "they must be cut alike: redistribute them"
             )
-        out = self.attention(*local, is_causal=is_causal, scale=scale)
+        out = self.attention(*local, **options)
         return DTensor.from_local(out, q.device_mesh, q.placements, run_check=False)

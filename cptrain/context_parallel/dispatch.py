@@ -9,7 +9,7 @@ step would be gone when the backward pass recomputes, and patching the function 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from types import MethodType
 from typing import Any
@@ -25,20 +25,22 @@ Attention = Callable[..., torch.Tensor]
 class AttentionMode(TorchFunctionMode):
     """While active, sends `F.scaled_dot_product_attention` to `attention`, and remembers that it was called."""
 
-    def __init__(self, attention: Attention) -> None:
+    def __init__(self, attention: Attention, window_size: int | None) -> None:
         super().__init__()
         self.attention = attention
+        self.window_size = window_size
         self.reached = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
             self.reached = True
-            return _replace(self.attention, *args, **(kwargs or {}))
+            return _replace(self.attention, self.window_size, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
 def _replace(
     attention: Attention,
+    window_size: int | None,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -62,32 +64,52 @@ def _replace(
         raise ValueError(
             f"{query.size(1)} query heads and {key.size(1)} kv heads need enable_gqa=True, as on one device"
         )
-    return attention(query, key, value, is_causal=is_causal, scale=scale)
+    if window_size is not None and not is_causal:
+        raise ValueError(f"window_size = {window_size}: these modules call attention without is_causal=True")
+    return attention(query, key, value, is_causal=is_causal, window_size=window_size, scale=scale)
 
 
-def apply(model: nn.Module, *, modules: str, attention: Attention) -> list[str]:
+def apply(
+    model: nn.Module, *, modules: str | Sequence[str], attention: Attention, window_size: int | None = None
+) -> list[str]:
     """Names of the modules of `model` whose name matches the pattern and whose attention is now `attention`.
 
-    Raises ValueError when nothing matches, when a match contains another (its calls would be taken twice) or already is
-    context parallel; and, at its first forward, RuntimeError for a matched module that never calls the function.
+    A module that is context parallel already takes the new plan from its next forward on. Raises ValueError when
+    nothing matches or a match contains another (its calls would be taken twice); and, at its first forward,
+    RuntimeError for a matched module that never calls the function.
     """
-    matched = {name: module for name, module in model.named_modules() if name and fnmatchcase(name, modules)}
+    patterns = [modules] if isinstance(modules, str) else list(modules)
+    matched = {
+        name: module
+        for name, module in model.named_modules()
+        if name and any(fnmatchcase(name, pattern) for pattern in patterns)
+    }
     if not matched:
         kinds = sorted({name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1].find("att") >= 0})
         hint = f"; modules with att in their name: {', '.join(kinds[:8])}" if kinds else ""
-        raise ValueError(f'modules = "{modules}" matches no module of {type(model).__name__}{hint}')
-    for name, module in matched.items():
-        if getattr(module.forward, "is_context_parallel", False):
-            raise ValueError(f"{name} is context parallel already")
+        raise ValueError(f"modules = {modules!r} matches no module of {type(model).__name__}{hint}")
+    for name in matched:
         inside = [other for other in matched if other.startswith(name + ".")]
         if inside:
-            raise ValueError(f'modules = "{modules}" matches {name} and {inside[0]} inside it; name only one of them')
+            raise ValueError(f"modules = {modules!r} matches {name} and {inside[0]} inside it; name only one of them")
     for name, module in matched.items():
-        _wrap(name, module, attention)
+        switch = getattr(module.forward, "context_parallel_switch", None)
+        if switch is None:
+            _wrap(name, module, Switch(attention, window_size))
+        else:
+            switch.attention, switch.window_size = attention, window_size
     return list(matched)
 
 
-def _wrap(name: str, module: nn.Module, attention: Attention) -> None:
+class Switch:
+    """Which attention a module uses: what `apply` sets, and sets again when the plan changes."""
+
+    def __init__(self, attention: Attention, window_size: int | None) -> None:
+        self.attention = attention
+        self.window_size = window_size
+
+
+def _wrap(name: str, module: nn.Module, switch: Switch) -> None:
     original = module.forward
     # Bound anew at each call, so that a deep copy of the model computes with the parameters of the copy.
     unbound = original.__func__ if isinstance(original, MethodType) and original.__self__ is module else None
@@ -95,7 +117,7 @@ def _wrap(name: str, module: nn.Module, attention: Attention) -> None:
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         # A mode of this call's own: torch.compile then sees no state that outlives the call.
-        mode = AttentionMode(attention)
+        mode = AttentionMode(switch.attention, switch.window_size)
         with mode:
             result = unbound(self, *args, **kwargs) if unbound else original(*args, **kwargs)
         if not mode.reached:
@@ -105,5 +127,5 @@ def _wrap(name: str, module: nn.Module, attention: Attention) -> None:
             )
         return result
 
-    forward.is_context_parallel = True  # type: ignore[attr-defined]
+    forward.context_parallel_switch = switch  # type: ignore[attr-defined]
     module.forward = MethodType(forward, module)  # type: ignore[method-assign]

@@ -18,6 +18,8 @@ from functools import lru_cache
 
 import torch
 
+from cptrain.context_parallel.schedule import Shape
+
 aten = torch.ops.aten
 
 ROWS_PER_TILE = (
@@ -36,6 +38,7 @@ class Kernel:
     name: str
     dtypes: frozenset[torch.dtype]
     devices: frozenset[str]
+    differing_dims: bool  # whether values may be wider or narrower than keys
     forward: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     backward: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
@@ -150,6 +153,7 @@ CPU_FLASH = Kernel(
     name="cpu flash",
     dtypes=frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16}),
     devices=frozenset({"cpu"}),
+    differing_dims=False,
     forward=_cpu_forward,
     backward=_cpu_backward,
 )
@@ -157,6 +161,7 @@ CUDA_FLASH = Kernel(
     name="cuda flash",
     dtypes=frozenset({torch.bfloat16, torch.float16}),
     devices=frozenset({"cuda"}),
+    differing_dims=False,
     forward=_cuda_forward,
     backward=_cuda_backward,
 )
@@ -164,6 +169,7 @@ REFERENCE = Kernel(
     name="reference (plain torch)",
     dtypes=frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16}),
     devices=frozenset({"cpu", "cuda", "meta"}),
+    differing_dims=True,
     forward=_reference_forward,
     backward=_reference_backward,
 )
@@ -171,13 +177,48 @@ KERNELS = (CPU_FLASH, CUDA_FLASH, REFERENCE)  # the first that fits is taken
 
 
 @lru_cache(maxsize=64)
-def choose_kernel(device_type: str, dtype: torch.dtype) -> Kernel:
-    """The fastest kernel for this device and dtype. Raises NotImplementedError that names what would work."""
+def choose_kernel(device_type: str, dtype: torch.dtype, *, same_dims: bool = True) -> Kernel:
+    """The fastest kernel for this device and dtype, and for values as wide as keys or not.
+
+    Raises NotImplementedError that names what would work.
+    """
     for kernel in KERNELS:
-        if device_type in kernel.devices and dtype in kernel.dtypes:
+        if device_type in kernel.devices and dtype in kernel.dtypes and (same_dims or kernel.differing_dims):
             return kernel
-    offered = "; ".join(f"{k.name}: {', '.join(sorted(k.devices))}" for k in KERNELS)
+    offered = "; ".join(
+        f"{k.name}: {', '.join(sorted(k.devices))} in {', '.join(sorted(str(d)[6:] for d in k.dtypes))}"
+        for k in KERNELS
+    )
     raise NotImplementedError(f"no attention kernel for {dtype} on {device_type}. There are {offered}")
+
+
+def forward_block(
+    kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: Shape, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out and lse of one block; an upper triangle is a lower one with queries and keys reversed."""
+    if shape is not Shape.UPPER:
+        return kernel.forward(q, k, v, shape is Shape.LOWER, scale)
+    out, lse = kernel.forward(q.flip(2), k.flip(2), v.flip(2), True, scale)
+    return out.flip(2), lse.flip(2)
+
+
+def backward_block(
+    kernel: Kernel,
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    shape: Shape,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dq, dk, dv of one block from the final out and lse of its rows."""
+    if shape is not Shape.UPPER:
+        return kernel.backward(dout, q, k, v, out, lse, shape is Shape.LOWER, scale)
+    flipped = (x.flip(2) for x in (dout, q, k, v, out, lse))
+    dq, dk, dv = kernel.backward(*flipped, True, scale)
+    return dq.flip(2), dk.flip(2), dv.flip(2)
 
 
 def merge(out: torch.Tensor, lse: torch.Tensor, block_out: torch.Tensor, block_lse: torch.Tensor) -> None:

@@ -10,8 +10,17 @@ positions, inverse) reads only the chunks, never the name.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+
+
+class Span(NamedTuple):
+    """`length` tokens from global position `start` on, held from local index `local` on."""
+
+    local: int
+    start: int
+    length: int
 
 
 @dataclass(frozen=True)
@@ -50,15 +59,15 @@ class Layout:
         """Tokens of the global sequence."""
         return self.num_ranks * self.shard_length
 
-    def spans(self, rank: int) -> list[tuple[int, int, int]]:
-        """(local start, global start, length) of what `rank` holds, neighbouring chunks joined."""
-        joined: list[tuple[int, int, int]] = []
+    def spans(self, rank: int) -> list[Span]:
+        """What `rank` holds, neighbouring chunks joined."""
+        joined: list[Span] = []
         for i, chunk in enumerate(self.chunks[rank]):
-            local, start = i * self.chunk_size, chunk * self.chunk_size
-            if joined and joined[-1][1] + joined[-1][2] == start:
-                joined[-1] = (*joined[-1][:2], joined[-1][2] + self.chunk_size)
+            start = chunk * self.chunk_size
+            if joined and joined[-1].start + joined[-1].length == start:
+                joined[-1] = joined[-1]._replace(length=joined[-1].length + self.chunk_size)
             else:
-                joined.append((local, start, self.chunk_size))
+                joined.append(Span(i * self.chunk_size, start, self.chunk_size))
         return joined
 
     def permutation(self) -> torch.Tensor:

@@ -1,222 +1,192 @@
-"""Ring attention as one custom operator: keys and values travel, queries stay.
-
-[Note: the ring is one operator]
-Forward and backward are `torch.library` operators, so that selective activation checkpointing can keep the result (the
-recompute then sends nothing) and torch.compile sees one opaque call. A policy that keeps only the inner kernel's output
-would still repeat every message. An operator's outputs must alias neither its inputs nor each other.
+"""Ring and double ring: keys and values travel from neighbour to neighbour, queries stay.
 
 [Note: the way back]
-At hop i of the forward pass, rank r holds the keys of r - i, so it ends with those of r + 1. Backward starts from these
-and walks the other way: the gradient of source s starts on rank s - 1 and is home at s after N - 1 hops, always beside
-the keys it belongs to, and the rank's own keys, which come last, need not be sent at all. Bytes sent per rank, with
-m the bytes of the local keys and values and w the accumulator's width over theirs: forward (N-1) m, backward
-(N-2) m + (N-1) w m. Gradients have a communicator of their own, so that they never queue behind keys.
+At the last hop of the forward pass, rank r of a ring holds the keys of r + 1. Backward starts from these and walks the
+other way: the gradient of source s starts on rank s - 1 and is home at s after N - 1 hops, always beside the keys it
+belongs to, and the rank's own keys, which come last, need not be sent at all. Bytes sent per rank, with m the bytes of
+the local keys and values and w the accumulator's width over theirs: forward (N-1) m, backward (N-2) m + (N-1) w m.
+Gradients have a communicator of their own, so that they never queue behind keys.
 
 [Note: two buffers]
 Keys and values of one hop are one flat message. While a block is computed from one buffer the next hop is received into
 the other: memory is O(S/N) for any number of ranks.
+
+[Note: double ring]
+N ranks are R groups of w neighbours. Keys go round inside a group (w hops on its fast link) while the keys that the
+group started from are on their way to the next group, in one message that has a whole inner revolution to arrive. So
+the slow link carries R - 1 messages instead of N - 1. A single ring is a double ring of one group. Going back, both
+rings turn the other way; a gradient goes round its inner ring, and from there, once per revolution, to the next group.
+Source: LoongTrain, arXiv:2406.18485.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable
 
 import torch
 
-from cptrain.context_parallel.kernels import choose_kernel, merge
-from cptrain.context_parallel.layout import make_layout
+from cptrain.context_parallel.carrier import (
+    Gradients,
+    Piece,
+    accumulator_dtype,
+    add,
+    cached_shard_blocks,
+    pack,
+    unpack,
+)
+from cptrain.context_parallel.layout import Layout
 from cptrain.context_parallel.mask import Mask
-from cptrain.context_parallel.schedule import Hop, ring_schedule
-from cptrain.distributed.transport import Rotation, group_rank, group_size
+from cptrain.distributed.transport import Messenger, group_rank, group_size
 
 
-def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What sums over hops are kept in: fp32, or fp64 for fp64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+class _Axis:
+    """One ring: its size, this rank's place, and messages one rank on (+1) or back (-1)."""
+
+    def __init__(self, group: str, *, overlap: bool) -> None:
+        self.size, self.rank = group_size(group), group_rank(group)
+        self._messenger = Messenger(group, overlap=overlap) if self.size > 1 else None
+
+    def post(self, send: torch.Tensor, receive: torch.Tensor, *, step: int) -> None:
+        assert self._messenger is not None
+        to, source = (self.rank + step) % self.size, (self.rank - step) % self.size
+        self._messenger.post(send=send, to=to, receive=receive, source=source)
+
+    def wait(self) -> None:
+        if self._messenger is not None:
+            self._messenger.wait()
 
 
-@lru_cache(maxsize=64)
-def _hops(layout: str, num_ranks: int, length: int, causal: bool, rank: int) -> tuple[Hop, ...]:
-    return ring_schedule(make_layout(layout, num_ranks, length), Mask(causal=causal), rank)
+class _Buffers:
+    """Flat messages of one size and dtype, made when first needed and used again when given back."""
+
+    def __init__(self, like: torch.Tensor) -> None:
+        self._like = like
+        self._free: list[torch.Tensor] = []
+
+    def take(self) -> torch.Tensor:
+        return self._free.pop() if self._free else torch.empty_like(self._like)
+
+    def give_back(self, buffer: torch.Tensor) -> None:
+        self._free.append(buffer)
 
 
-def _pack(k: torch.Tensor, v: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """k and v as one flat message. Always a copy: accumulators and messages must never alias an input."""
-    message = torch.empty(k.numel() + v.numel(), dtype=dtype, device=k.device)
-    packed_k, packed_v = _unpack(message, k.shape, v.shape)
-    packed_k.copy_(k)
-    packed_v.copy_(v)
-    return message
+class Ring:
+    """Carries keys round `inner`, and from group to group round `outer` (names of groups; "" for a ring of one).
 
-
-def _unpack(message: torch.Tensor, k_shape: torch.Size, v_shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
-    """Views of k [B, Hk, T, Dk] and v [B, Hk, T, Dv] in a flat message, stored [B, T, Hk, D] as projections are."""
-    num_k = k_shape.numel()
-    return _as_heads(message[:num_k], k_shape), _as_heads(message[num_k:], v_shape)
-
-
-def _as_heads(flat: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    batch, heads, length, dim = shape
-    return flat.view(batch, length, heads, dim).transpose(1, 2)
-
-
-def _new_heads(like: torch.Tensor, dtype: torch.dtype, dim: int | None = None) -> torch.Tensor:
-    """Uninitialised [B, H, T, D] stored as [B, T, H, D]: the model's next reshape is then a view."""
-    batch, heads, length, own = like.shape
-    return torch.empty(batch, length, heads, dim or own, dtype=dtype, device=like.device).transpose(1, 2)
-
-
-@torch.library.custom_op("cptrain::ring_attention", mutates_args=())
-def ring_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    layout: str,
-    causal: bool,
-    scale: float,
-    kv_group: str,
-    grad_group: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Exact attention of this rank's queries over the whole sequence.
-
-    Shapes: q [B, H, T, D], k [B, Hk, T, D], v [B, Hk, T, Dv] local shards. Returns out [B, H, T, Dv] in the dtype of q,
-    lse [B, H, T] in fp32 (fp64), and the flat keys and values that this rank held last, from which backward starts.
+    Rank o * w + p of the layout is rank p of its inner ring and rank o of its outer ring. The grad groups have the same
+    ranks as theirs, and another communicator.
     """
-    kernel = choose_kernel(q.device.type, q.dtype)
-    rank, size = group_rank(kv_group), group_size(kv_group)
-    hops = _hops(layout, size, size * q.size(2), causal, rank)
-    wide = accumulator_dtype(q.dtype)
-    held = _pack(k, v, k.dtype) if size > 1 else k.new_empty(0)
-    spare = torch.empty_like(held)
-    rotation = Rotation(kv_group, step=1) if size > 1 else None
-    out = lse = None
-    for index, hop in enumerate(hops):
-        last = index == size - 1
-        if rotation and not last:
-            rotation.post(send=held, receive=spare)
-        keys, values = (k, v) if hop.source == rank else _unpack(held, k.shape, v.shape)
-        for block in hop.blocks:
-            rows, columns = slice(block.q_start, block.q_stop), slice(block.k_start, block.k_stop)
-            block_out, block_lse = kernel.forward(
-                q[:, :, rows], keys[:, :, columns], values[:, :, columns], block.causal, scale
-            )
-            if out is None and block_out.size(2) == q.size(2):
-                # The first block covers every row: its result, in buffers of its own, starts the accumulation.
-                out, lse = block_out.to(wide), block_lse.contiguous()
-                continue
-            if out is None or lse is None:
-                out = _new_heads(q, wide, v.size(-1)).zero_()
-                lse = torch.full(q.shape[:3], -torch.inf, dtype=wide, device=q.device)
-            merge(out[:, :, rows], lse[:, :, rows], block_out, block_lse)
-        if rotation and not last:
-            rotation.wait()
-            held, spare = spare, held
-    assert out is not None and lse is not None, "a schedule has at least the rank's own block"
-    return _stored_by_token(out.to(q.dtype)), lse, held
 
+    def __init__(
+        self,
+        layout: Layout,
+        mask: Mask,
+        *,
+        inner: str,
+        outer: str,
+        inner_grad: str,
+        outer_grad: str,
+        overlap: bool,
+    ) -> None:
+        self._layout, self._mask = layout, mask
+        self._inner, self._outer = _Axis(inner, overlap=overlap), _Axis(outer, overlap=overlap)
+        self._inner_grad, self._outer_grad = (
+            _Axis(inner_grad, overlap=overlap),
+            _Axis(outer_grad, overlap=overlap),
+        )
+        self._rank = self._outer.rank * self._inner.size + self._inner.rank
 
-def _stored_by_token(x: torch.Tensor) -> torch.Tensor:
-    """x [B, H, T, D] stored as [B, T, H, D], which is what the operator's fake promises; a copy only if it is not."""
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
+    def _piece(self, revolution: int, hop: int, k: torch.Tensor, v: torch.Tensor, held: torch.Tensor) -> Piece:
+        """Whatever is held at this hop: the keys that set out `revolution` groups and `hop` ranks before this one."""
+        group = (self._outer.rank - revolution) % self._outer.size
+        source = group * self._inner.size + (self._inner.rank - hop) % self._inner.size
+        found = cached_shard_blocks(self._layout, self._mask, self._rank, source)
+        keys, values = (k, v) if source == self._rank else unpack(held, k.shape, v.shape)
+        return Piece(keys, values, found)
 
+    def kept_numel(self, k: torch.Tensor, v: torch.Tensor) -> int:
+        return k.numel() + v.numel()
 
-@ring_attention.register_fake
-def _(q, k, v, layout, causal, scale, kv_group, grad_group):  # type: ignore[no-untyped-def]
-    out = _new_heads(q, q.dtype, v.size(-1))
-    lse = q.new_empty(q.shape[:3], dtype=accumulator_dtype(q.dtype))
-    last = k.new_empty(k.numel() + v.numel() if group_size(kv_group) > 1 else 0)
-    return out, lse, last
+    def forward(self, k: torch.Tensor, v: torch.Tensor, compute: Callable[[Piece], None]) -> torch.Tensor:
+        start = pack(k, v)
+        buffers = _Buffers(start)
+        held = start
+        for revolution in range(self._outer.size):
+            goes_on = revolution < self._outer.size - 1
+            following = start
+            if goes_on:
+                following = buffers.take()
+                self._outer.post(start, following, step=1)
+            for hop in range(self._inner.size):
+                moves = hop < self._inner.size - 1
+                spare = held
+                if moves:
+                    spare = buffers.take()
+                    self._inner.post(held, spare, step=1)
+                compute(self._piece(revolution, hop, k, v, held))
+                if moves:
+                    self._inner.wait()
+                    # The start of a revolution is still being sent to the next group.
+                    if not (goes_on and held is start):
+                        buffers.give_back(held)
+                    held = spare
+            if goes_on:
+                self._outer.wait()
+                buffers.give_back(start)
+                if held is not start:
+                    buffers.give_back(held)
+                start = held = following
+        return held
 
-
-@torch.library.custom_op("cptrain::ring_attention_backward", mutates_args=())
-def ring_attention_backward(
-    dout: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    last: torch.Tensor,
-    layout: str,
-    causal: bool,
-    scale: float,
-    kv_group: str,
-    grad_group: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dq, dk, dv of `ring_attention`, shaped and typed as q, k, v; see [Note: the way back]."""
-    kernel = choose_kernel(q.device.type, q.dtype)
-    rank, size = group_rank(kv_group), group_size(kv_group)
-    if size == 1:
-        dq_, dk_, dv_ = kernel.backward(dout, q, k, v, out, lse, causal, scale)
-        return _stored_by_token(dq_), _stored_by_token(dk_), _stored_by_token(dv_)
-    hops = _hops(layout, size, size * q.size(2), causal, rank)[::-1]
-    wide = accumulator_dtype(q.dtype)
-    rotation, grad_rotation = Rotation(kv_group, step=-1), Rotation(grad_group, step=-1)
-    # Three key buffers at the most: `last` is the operator's input, so nothing may be received into it.
-    held, spare = last, None
-    dq = None
-    dkv = torch.zeros(k.numel() + v.numel(), dtype=wide, device=k.device)
-    dkv_spare = torch.empty_like(dkv)
-    for index, hop in enumerate(hops):
-        fetch = index < size - 2  # the rank's own keys come last and are here already
-        if fetch:
-            spare = torch.empty_like(last) if spare is None or spare is last else spare
-            rotation.post(send=held, receive=spare)
-        own = hop.source == rank
-        keys, values = (k, v) if own else _unpack(held, k.shape, v.shape)
-        grads = []
-        for block in hop.blocks:
-            rows, columns = slice(block.q_start, block.q_stop), slice(block.k_start, block.k_stop)
-            block_dq, block_dk, block_dv = kernel.backward(
-                dout[:, :, rows],
-                q[:, :, rows],
-                keys[:, :, columns],
-                values[:, :, columns],
-                out[:, :, rows],
-                lse[:, :, rows],
-                block.causal,
-                scale,
-            )
-            if dq is None and block_dq.size(2) == q.size(2):
-                dq = block_dq.to(wide)
-            else:
-                dq = _new_heads(q, wide).zero_() if dq is None else dq
-                dq[:, :, rows] += block_dq
-            grads.append((columns, block_dk, block_dv))
-        if index > 0:
-            # What the previous holder summed for this source; it travelled while this hop's blocks ran.
-            grad_rotation.wait()
-            dkv, dkv_spare = dkv_spare, dkv
-        dk, dv = _unpack(dkv, k.shape, v.shape)
-        for columns, block_dk, block_dv in grads:
-            dk[:, :, columns] += block_dk
-            dv[:, :, columns] += block_dv
-        if index < size - 1:
-            grad_rotation.post(send=dkv, receive=dkv_spare)
-        if fetch and spare is not None:
-            rotation.wait()
-            held, spare = spare, held
-    assert dq is not None, "a schedule has at least the rank's own block"
-    dk, dv = _unpack(dkv, k.shape, v.shape)
-    # Copies, since outputs of an operator may not share one buffer.
-    return _stored_by_token(dq.to(q.dtype)), dk.to(k.dtype, copy=True), dv.to(v.dtype, copy=True)
-
-
-@ring_attention_backward.register_fake
-def _(dout, q, k, v, out, lse, last, layout, causal, scale, kv_group, grad_group):  # type: ignore[no-untyped-def]
-    return _new_heads(q, q.dtype), _new_heads(k, k.dtype), _new_heads(v, v.dtype)
-
-
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    q, k, v, *ctx.settings = inputs
-    out, lse, last = output
-    ctx.mark_non_differentiable(lse, last)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, out, lse, last)
-
-
-def _backward(ctx, dout, dlse, dlast):  # type: ignore[no-untyped-def]
-    return (*ring_attention_backward(dout, *ctx.saved_tensors, *ctx.settings), *(None for _ in ctx.settings))
-
-
-ring_attention.register_autograd(_backward, setup_context=_setup_context)
+    def backward(
+        self, k: torch.Tensor, v: torch.Tensor, kept: torch.Tensor, compute: Callable[[Piece], Gradients]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        start = held = kept
+        buffers = _Buffers(kept)
+        grad = torch.zeros(kept.shape, dtype=accumulator_dtype(k.dtype), device=k.device)
+        grad_buffers = _Buffers(grad)
+        leaving = arriving = None  # gradients between groups: due at the end of the revolution after their start
+        for revolution in reversed(range(self._outer.size)):
+            # The rank's own keys come last and are here already: they need not travel to get home.
+            goes_on = revolution > (1 if self._inner.size == 1 else 0)
+            following = start
+            if goes_on:
+                following = buffers.take()
+                self._outer.post(start, following, step=-1)
+            incoming: torch.Tensor | None = None  # gradients that travel inside the group, beside their keys
+            for hop in reversed(range(self._inner.size)):
+                moves = hop > (1 if revolution == 0 else 0)
+                spare = held
+                if moves:
+                    spare = buffers.take()
+                    self._inner.post(held, spare, step=-1)
+                gradients = compute(self._piece(revolution, hop, k, v, held))
+                if incoming is not None:
+                    # What the previous holders summed for these keys; it travelled while the blocks ran.
+                    self._inner_grad.wait()
+                    grad_buffers.give_back(grad)
+                    grad = incoming
+                add(unpack(grad, k.shape, v.shape), gradients)
+                if hop > 0:
+                    incoming = grad_buffers.take()
+                    self._inner_grad.post(grad, incoming, step=-1)
+                if moves:
+                    self._inner.wait()
+                    if not (goes_on and held is start) and held is not kept:
+                        buffers.give_back(held)
+                    held = spare
+            if arriving is not None and leaving is not None:
+                self._outer_grad.wait()
+                grad.add_(arriving)
+                grad_buffers.give_back(arriving)
+                grad_buffers.give_back(leaving)
+            if revolution > 0:
+                leaving, arriving = grad, grad_buffers.take()
+                self._outer_grad.post(leaving, arriving, step=-1)
+                grad = grad_buffers.take().zero_()
+            if goes_on:
+                self._outer.wait()
+                for buffer in {id(b): b for b in (start, held) if b is not kept}.values():
+                    buffers.give_back(buffer)
+                start = held = following
+        return unpack(grad, k.shape, v.shape)

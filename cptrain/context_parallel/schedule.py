@@ -1,87 +1,164 @@
-"""Which blocks of attention a rank computes at each hop: a pure function of layout, mask and rank.
+"""Which blocks of attention to compute for given queries and keys: a pure function of spans and mask.
 
 [Note: one schedule for every method]
-A block is a rectangle (local queries x local keys of one source rank) that one kernel call computes, either in full or
-causally along its diagonal. Every method executes the same blocks: the ring receives the sources one hop at a time,
-Ulysses has one source that holds the whole sequence. A schedule is therefore checked without processes: every visible
-(query, key) pair lies in exactly one block, no invisible pair in any.
+A block is a rectangle of queries x keys that one kernel call computes: in full, or a triangle of a square. Every method
+executes the same blocks; methods differ only in how the keys of a source get here (see `carrier`). A schedule is
+therefore checked without processes: every visible (query, key) pair lies in exactly one block, no invisible one in any.
+
+[Note: triangles]
+A causal mask cuts a rectangle along a diagonal, a sliding window along a second one below it. Between two diagonals the
+rectangle falls into full blocks, LOWER triangles (query i of the block sees keys up to i) and UPPER triangles (query i
+sees keys from i on). An upper triangle is a lower one with queries and keys reversed, so kernels need to know causal
+masks of squares only, and no kernel ever gets a dense mask.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from enum import Enum
+from itertools import pairwise
 from typing import NamedTuple
 
-from cptrain.context_parallel.layout import Layout
+from cptrain.context_parallel.layout import Layout, Span
 from cptrain.context_parallel.mask import Mask
 
 
-class Block(NamedTuple):
-    """Queries [q_start, q_stop) against keys [k_start, k_stop), both local indices.
+class Shape(Enum):
+    """Which pairs of a block's rectangle are computed; see [Note: triangles]."""
 
-    causal: the block is square and query q_start + i sees keys up to k_start + i. Otherwise it sees all of them.
-    """
+    FULL = "full"
+    LOWER = "lower"
+    UPPER = "upper"
+
+
+class Block(NamedTuple):
+    """Queries [q_start, q_stop) against keys [k_start, k_stop), both indices into what is held locally."""
 
     q_start: int
     q_stop: int
     k_start: int
     k_stop: int
-    causal: bool
+    shape: Shape = Shape.FULL
 
     @property
     def num_pairs(self) -> int:
         """Visible (query, key) pairs, the unit of attention work."""
         queries, keys = self.q_stop - self.q_start, self.k_stop - self.k_start
-        return queries * (queries + 1) // 2 if self.causal else queries * keys
+        return queries * keys if self.shape is Shape.FULL else queries * (queries + 1) // 2
 
 
-@dataclass(frozen=True)
-class Hop:
-    """What a rank does with the keys and values of `source`."""
-
-    source: int
-    blocks: tuple[Block, ...]
-
-
-def ring_schedule(layout: Layout, mask: Mask, rank: int) -> tuple[Hop, ...]:
-    """The hops of `rank`: at hop i it holds the keys of rank - i. All ranks make all hops, also without blocks."""
-    size = layout.num_ranks
-    sources = [(rank - hop) % size for hop in range(size)]
-    return tuple(Hop(source, blocks(layout, mask, rank, source)) for source in sources)
-
-
-def blocks(layout: Layout, mask: Mask, rank: int, source: int) -> tuple[Block, ...]:
-    """The fewest kernel calls this greedy finds for the queries of `rank` against the keys of `source`."""
+def blocks(queries: Sequence[Span], keys: Sequence[Span], mask: Mask) -> tuple[Block, ...]:
+    """The blocks of these queries against these keys, each given as the spans of the global sequence it holds."""
     if not mask.causal:
-        return (Block(0, layout.shard_length, 0, layout.shard_length, False),)
-    if rank == source:
+        return (Block(0, _length(queries), 0, _length(keys)),)
+    last_query, first_key = queries[-1].start + queries[-1].length - 1, keys[0].start
+    windowed = mask.window and last_query - first_key >= mask.window
+    if list(queries) == list(keys) and not windowed:
         # Local order is global order, so the causal mask of the shard is the causal mask of the sequence.
-        return (Block(0, layout.shard_length, 0, layout.shard_length, True),)
-    found: list[Block] = []
-    for q_local, q_global, q_length in layout.spans(rank):
-        # Spans of different ranks never overlap: a key span lies wholly before or wholly after these queries.
-        for k_local, k_global, k_length in layout.spans(source):
-            if k_global < q_global:
-                found.append(Block(q_local, q_local + q_length, k_local, k_local + k_length, False))
+        return (Block(0, _length(queries), 0, _length(keys), Shape.LOWER),)
+    found = [block for q in queries for k in keys for block in _rectangle(q, k, mask)]
     return _joined(found)
+
+
+def shard_blocks(layout: Layout, mask: Mask, rank: int, source: int) -> tuple[Block, ...]:
+    """The blocks of the queries of `rank` against the keys of `source`."""
+    return blocks(layout.spans(rank), layout.spans(source), mask)
+
+
+def whole_blocks(layout: Layout, mask: Mask, rank: int) -> tuple[Block, ...]:
+    """The blocks of the queries of `rank` against all keys, held in global order."""
+    return blocks(layout.spans(rank), [Span(0, 0, layout.length)], mask)
+
+
+def needed(found: Sequence[Block]) -> tuple[tuple[int, int], ...]:
+    """The ranges of keys that these blocks read, ascending and apart."""
+    ranges: list[tuple[int, int]] = []
+    for start, stop in sorted({(block.k_start, block.k_stop) for block in found}):
+        if ranges and start <= ranges[-1][1]:
+            ranges[-1] = (ranges[-1][0], max(stop, ranges[-1][1]))
+        else:
+            ranges.append((start, stop))
+    return tuple(ranges)
+
+
+def packed(found: Sequence[Block]) -> tuple[Block, ...]:
+    """The same blocks when only the `needed` keys are held, one range behind the other."""
+    ranges, shifted, before = needed(found), [], 0
+    offsets = []
+    for start, stop in ranges:
+        offsets.append((start, stop, before - start))
+        before += stop - start
+    for block in found:
+        shift = next(shift for start, stop, shift in offsets if start <= block.k_start and block.k_stop <= stop)
+        shifted.append(block._replace(k_start=block.k_start + shift, k_stop=block.k_stop + shift))
+    return tuple(shifted)
+
+
+def _length(spans: Sequence[Span]) -> int:
+    return sum(span.length for span in spans)
+
+
+def _rectangle(q: Span, k: Span, mask: Mask) -> Iterator[Block]:
+    """The blocks of one span of queries against one span of keys.
+
+    Row r sees the columns r + low .. r + high, cut to [0, width). Rows are split where one of these diagonals enters or
+    leaves the rectangle; within a strip each diagonal is then either wholly inside it or wholly beside it.
+    """
+    width, high = k.length, q.start - k.start
+    low = high - mask.window + 1 if mask.window else -q.length - width
+    edges = {0, q.length, -high, width - high, -low, width - low}
+    cuts = sorted(edge for edge in edges if 0 <= edge <= q.length)
+    for begin, end in pairwise(cuts):
+        if begin + high < 0 or begin + low >= width:
+            continue  # the keys of these rows all come later, or the window has left them all behind
+        cut_high, cut_low = begin + high < width, begin + low >= 0
+        # Where both diagonals cross the strip it must be no higher than the band between them is wide.
+        step = max(1, mask.window - 1) if cut_high and cut_low else end - begin
+        for row in range(begin, end, step):
+            yield from _strip(q, k, row, min(row + step, end), low if cut_low else None, high if cut_high else None)
+
+
+def _strip(q: Span, k: Span, begin: int, end: int, low: int | None, high: int | None) -> Iterator[Block]:
+    """Rows [begin, end) whose diagonals, where they are not None, lie wholly inside: upper, full and lower part."""
+    rows = (q.local + begin, q.local + end)
+    left, right, height = 0, k.length, end - begin
+    if low is not None and high is not None and high == low:
+        # A window of one: each query sees itself, which a triangle of one row is.
+        yield Block(*rows, k.local + begin + high, k.local + end + high, Shape.LOWER)
+        return
+    if low is not None:
+        left = begin + low
+        yield Block(*rows, k.local + left, k.local + left + height, Shape.UPPER)
+        left += height
+    if high is not None:
+        right = begin + high
+        yield Block(*rows, k.local + right, k.local + right + height, Shape.LOWER)
+    if left < right:
+        yield Block(*rows, k.local + left, k.local + right)
 
 
 def _joined(found: list[Block]) -> tuple[Block, ...]:
     """The same pairs in fewer full blocks: neighbours along the keys are joined first, then along the queries."""
     along_keys: list[Block] = []
     for block in found:
-        last = along_keys[-1] if along_keys else None
-        if last and last[:2] == block[:2] and last.k_stop == block.k_start:
-            along_keys[-1] = last._replace(k_stop=block.k_stop)
-        else:
+        last = next((i for i, b in enumerate(along_keys) if b[:2] == block[:2] and _meets(b.k_stop, b, block)), None)
+        if last is None:
             along_keys.append(block)
+        else:
+            along_keys[last] = along_keys[last]._replace(k_stop=block.k_stop)
     along_queries: list[Block] = []
     for block in along_keys:
-        above = next(
-            (i for i, b in enumerate(along_queries) if b.q_stop == block.q_start and b[2:4] == block[2:4]), None
-        )
+        above = next((i for i, b in enumerate(along_queries) if b[2:4] == block[2:4] and _stacks(b, block)), None)
         if above is None:
             along_queries.append(block)
         else:
             along_queries[above] = along_queries[above]._replace(q_stop=block.q_stop)
     return tuple(along_queries)
+
+
+def _meets(k_stop: int, first: Block, second: Block) -> bool:
+    return first.shape is second.shape is Shape.FULL and k_stop == second.k_start
+
+
+def _stacks(first: Block, second: Block) -> bool:
+    return first.shape is second.shape is Shape.FULL and first.q_stop == second.q_start

@@ -30,6 +30,14 @@ class Split:
         self.num_documents = len(self.documents)
         self.num_tokens = int(self.starts[-1])
 
+    def identity(self) -> dict[str, str | int | float]:
+        """All that decides the stream of tokens, by setting: a checkpoint keeps it and compares."""
+        return {
+            "data.fingerprint": self.corpus.fingerprint,
+            "data.validation_fraction": self.fraction,
+            "data.seed": self.seed,
+        }
+
     def __reduce__(self) -> tuple[object, ...]:
         return _reopen, (self.corpus, self.folder, self.name, self.fraction, self.seed)
 

@@ -74,12 +74,3 @@ class Windows:
             "positions": torch.arange(self.seq_len),
             "document_ids": documents[:-1],
         }
-
-    def identity(self) -> dict[str, str | int | float]:
-        """All that decides which tokens a global index stands for, by setting: a checkpoint keeps it and compares."""
-        return {
-            "data.fingerprint": self.split.corpus.fingerprint,
-            "data.validation_fraction": self.split.fraction,
-            "data.seed": self.split.seed,
-            "training.seq_len": self.seq_len,
-        }

@@ -10,13 +10,13 @@ context-parallel degrees may then change without touching the parameters.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from cptrain.distributed.settings import Degrees
+from cptrain.distributed.settings import Degrees, Order
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,11 @@ class Meshes:
     device: torch.device
     batch: DeviceMesh
     parameters: DeviceMesh
+
+    def regrouped(self, batch: DeviceMesh, degrees: Degrees) -> Meshes:
+        """The same parameters under another division of dp_shard x ring x ulysses."""
+        assert degrees.fsdp == self.degrees.fsdp and degrees.tp == self.degrees.tp
+        return replace(self, batch=batch, degrees=degrees)
 
     @property
     def tp(self) -> DeviceMesh:
@@ -60,19 +65,18 @@ class Meshes:
         return values
 
 
-def build_meshes(degrees: Degrees, device: torch.device) -> Meshes:
+def build_meshes(degrees: Degrees, device: torch.device, *, order: Order = "head_first") -> Meshes:
     """The meshes for these degrees. Collective: every rank of the default process group calls it.
 
+    order: "head_first" makes the ranks of one ulysses group neighbours, "context_first" those of one ring.
     Raises ValueError when the degrees do not multiply to the world size.
     """
     world = dist.get_world_size()
     if degrees.world != world:
         raise ValueError(f"the mesh {degrees} needs {degrees.world} ranks, but the world size is {world}")
-    batch = init_device_mesh(
-        device.type,
-        (degrees.dp_replicate, degrees.dp_shard, degrees.ring, degrees.ulysses, degrees.tp),
-        mesh_dim_names=("dp_replicate", "dp_shard", "ring", "ulysses", "tp"),
-    )
+    context = ("ring", "ulysses") if order == "head_first" else ("ulysses", "ring")
+    axes = ("dp_replicate", "dp_shard", *context, "tp")
+    batch = init_device_mesh(device.type, tuple(getattr(degrees, axis) for axis in axes), mesh_dim_names=axes)
     parameters = init_device_mesh(
         device.type,
         (degrees.dp_replicate, degrees.fsdp, degrees.tp),

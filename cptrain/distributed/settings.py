@@ -9,7 +9,8 @@ from typing import Literal
 
 from cptrain.config import Problem, setting
 
-Method = Literal["auto", "ring", "ulysses", "hybrid"]
+Order = Literal["head_first", "context_first"]
+Method = Literal["auto", "ring", "ulysses", "hybrid", "all_gather"]
 
 
 def divisors(number: int) -> list[int]:
@@ -27,13 +28,18 @@ class ParallelismConfig:
         "auto", "ranks that share one sequence; auto = ring_degree x ulysses_degree"
     )
     context_parallel_method: Method = setting(
-        "auto", "ring (P2P), ulysses (all-to-all), hybrid (ulysses inside ring), or auto"
+        "auto", "ring (P2P), ulysses (all-to-all), hybrid (both), all_gather, or auto by the bytes each would send"
     )
     ring_degree: int | Literal["auto"] = setting("auto", "ranks in the ring; auto = what the method leaves to it")
     ulysses_degree: int | Literal["auto"] = setting("auto", "ranks that exchange heads for sequence (all-to-all)")
     context_parallel_layout: Literal["zigzag", "contiguous"] = setting(
         "zigzag", "which tokens a rank holds; zigzag balances causal attention"
     )
+    ring_inner_degree: int = setting(1, "ranks of an inner ring on the fast link (double ring); 1 = a single ring")
+    context_parallel_order: Order = setting(
+        "head_first", "which ranks are neighbours: head_first puts ulysses inside the ring, context_first the ring"
+    )
+    context_parallel_overlap: bool = setting(True, "compute while keys travel; false measures what that is worth")
     tensor_parallel_degree: int = setting(1, "ranks that share each weight matrix (Megatron TP + sequence parallel)")
     fsdp_reshard_after_forward: bool = setting(
         True, "free a block's gathered parameters after its forward; false gathers once a step and keeps them"
@@ -41,7 +47,7 @@ class ParallelismConfig:
 
     def problems(self) -> Iterator[Problem]:
         """Everything wrong that can be seen without the world size or the model."""
-        for key in ("data_parallel_replicate_degree", "tensor_parallel_degree"):
+        for key in ("data_parallel_replicate_degree", "tensor_parallel_degree", "ring_inner_degree"):
             if getattr(self, key) < 1:
                 yield Problem(key=key, rule="must be at least 1")
         if self.data_parallel_shard_degree < 1 and self.data_parallel_shard_degree != -1:
@@ -93,14 +99,17 @@ def valid_ulysses_degrees(num_heads: int, num_kv_heads: int, tp: int = 1) -> lis
 
 
 def resolve_degrees(
-    config: ParallelismConfig, *, world_size: int, num_heads: int, num_kv_heads: int
+    config: ParallelismConfig, *, world_size: int, num_heads: int, num_kv_heads: int, windowed: bool = False
 ) -> tuple[Degrees | None, list[Problem]]:
-    """The size of every axis for a world and a model, and everything that stands against it (then no degrees)."""
+    """The size of every axis for a world and a model, and everything that stands against it (then no degrees).
+
+    windowed: whether the model has sliding windows, which weighs in what "auto" chooses.
+    """
     found = list(config.problems())
     if found:
         return None, found
     tp, replicate = config.tensor_parallel_degree, config.data_parallel_replicate_degree
-    split = _split_context(config, num_heads=num_heads, num_kv_heads=num_kv_heads, problems=found)
+    split = _split_context(config, num_heads=num_heads, num_kv_heads=num_kv_heads, windowed=windowed, problems=found)
     if num_heads % tp or num_kv_heads % tp:
         both = divisors(math.gcd(num_heads, num_kv_heads))
         found.append(
@@ -142,32 +151,68 @@ def _listed(values: list[int]) -> str:
     return ", ".join(str(value) for value in values)
 
 
+@dataclass(frozen=True, kw_only=True)
+class AutoChoice:
+    """What `context_parallel_method = "auto"` makes of a number of ranks, and why."""
+
+    ring: int
+    ulysses: int
+    reason: str
+
+
+def choose_degrees(total: int, *, num_heads: int, num_kv_heads: int, tp: int, windowed: bool) -> AutoChoice:
+    """How `total` ranks share a sequence best, by the bytes that each method sends per rank, token and layer.
+
+    With k bytes of keys and values per token and r of queries, a ring sends (N-1) k and Ulysses (N-1)/N (2 r + k), in
+    units of a rank's tokens: the ring is cheaper iff N < 2/3 (1 + G) for G query heads per kv head. Between the two,
+    Ulysses over as many ranks as there are kv heads (at most 8, a node) divides the ring's hops by its degree.
+    """
+    valid = [u for u in valid_ulysses_degrees(num_heads, num_kv_heads, tp) if total % u == 0]
+    whole_groups = [u for u in valid if u <= min(8, max(1, num_kv_heads // tp))]
+    group = num_heads // num_kv_heads
+    if total == 1:
+        return AutoChoice(ring=1, ulysses=1, reason="one rank")
+    if windowed:
+        return AutoChoice(ring=total, ulysses=1, reason="a ring sends only the keys that the sliding window reaches")
+    if total < 2 / 3 * (1 + group):
+        return AutoChoice(
+            ring=total, ulysses=1, reason=f"{total} ranks and {group} query heads per kv head: a ring sends fewer bytes"
+        )
+    inner = max(whole_groups, default=1)
+    if inner == total:
+        return AutoChoice(ring=1, ulysses=total, reason="an all-to-all of whole kv heads sends fewer bytes than a ring")
+    if inner > 1:
+        return AutoChoice(
+            ring=total // inner,
+            ulysses=inner,
+            reason=f"ulysses over {inner} ranks of whole kv heads inside a ring of {total // inner}",
+        )
+    return AutoChoice(ring=total, ulysses=1, reason=f"{num_kv_heads // tp} kv heads per rank leave only the ring")
+
+
 def _split_context(
-    config: ParallelismConfig, *, num_heads: int, num_kv_heads: int, problems: list[Problem]
+    config: ParallelismConfig, *, num_heads: int, num_kv_heads: int, windowed: bool, problems: list[Problem]
 ) -> tuple[int, int] | None:
     """(ring, ulysses) degrees from the method and whichever of the three degrees are given."""
     method, total = config.context_parallel_method, config.context_parallel_degree
     ring, ulysses = config.ring_degree, config.ulysses_degree
-    valid = valid_ulysses_degrees(num_heads, num_kv_heads, config.tensor_parallel_degree)
-    if method == "ring":
-        ulysses = 1 if ulysses == "auto" else ulysses
-    if method == "ulysses":
-        ring = 1 if ring == "auto" else ring
+    tp = config.tensor_parallel_degree
+    valid = valid_ulysses_degrees(num_heads, num_kv_heads, tp)
+    if method in ("ring", "all_gather") and ulysses == "auto":
+        ulysses = 1
+    if method == "ulysses" and ring == "auto":
+        ring = 1
     if total == "auto":
         # Nothing says how many ranks: a degree that is not given is 1.
-        ring = 1 if ring == "auto" else ring
-        ulysses = 1 if ulysses == "auto" else ulysses
+        ring, ulysses = (1 if degree == "auto" else degree for degree in (ring, ulysses))
         total = ring * ulysses
     elif ring == "auto" and ulysses == "auto":
-        # Ulysses moves q, k, v and out once; the ring moves kv N-1 times, yet hides it behind the blocks. Fewer bytes
-        # for the ring iff N < 2/3 (1 + G) with G query heads per kv head; hybrid takes the largest valid inner degree.
         if method == "auto":
-            fits = total in valid and total > 1
-            prefers_ring = total < 2 / 3 * (1 + num_heads / num_kv_heads)
-            ulysses = total if fits and not prefers_ring else 1
+            choice = choose_degrees(total, num_heads=num_heads, num_kv_heads=num_kv_heads, tp=tp, windowed=windowed)
+            ring, ulysses = choice.ring, choice.ulysses
         else:
-            ulysses = max([u for u in valid if total % u == 0 and u < total], default=1)
-        ring = int(total) // int(ulysses)
+            inner = max([u for u in valid if total % u == 0 and u < total], default=1)
+            ring, ulysses = total // inner, inner
     elif ring == "auto":
         ring = max(1, int(total) // int(ulysses))
     elif ulysses == "auto":
@@ -182,10 +227,12 @@ def _split_context(
                 fix="leave it out, or correct ring_degree or ulysses_degree",
             )
         )
-    if method == "ring" and ulysses != 1:
+    if method in ("ring", "all_gather") and ulysses != 1:
         problems.append(
             Problem(
-                key="ulysses_degree", rule='the method "ring" needs 1', fix='set context_parallel_method = "hybrid"'
+                key="ulysses_degree",
+                rule=f'the method "{method}" needs 1',
+                fix='set context_parallel_method = "hybrid"',
             )
         )
     if method == "ulysses" and ring != 1:
@@ -206,10 +253,21 @@ def _split_context(
         problems.append(
             Problem(
                 key="ulysses_degree",
-                rule=f"{num_heads} heads and {num_kv_heads} kv heads over tensor degree "
-                f"{config.tensor_parallel_degree} allow {_listed(valid)}",
+                rule=f"{num_heads} heads and {num_kv_heads} kv heads over tensor degree {tp} allow {_listed(valid)}",
                 fix="or give the rest to ring_degree",
             )
+        )
+    if ring % config.ring_inner_degree:
+        problems.append(
+            Problem(
+                key="ring_inner_degree",
+                rule=f"must divide the ring of {ring}: {_listed(divisors(ring))}",
+                fix="set it to 1 for a single ring",
+            )
+        )
+    if config.ring_inner_degree > 1 and method == "all_gather":
+        problems.append(
+            Problem(key="ring_inner_degree", rule="all_gather has no ring", fix='set context_parallel_method = "ring"')
         )
     return (ring, ulysses) if len(problems) == before else None
 

@@ -25,41 +25,69 @@ def group_rank(group_name: str) -> int:
     return resolve(group_name).rank() if group_name else 0
 
 
-class Rotation:
-    """Ring hops over one communicator: `post` a send and a receive, compute, then `wait`.
+class Messenger:
+    """Point-to-point messages over one communicator: `post` a send and a receive, compute, then `wait`.
 
-    step = +1 sends to the next rank and receives from the previous one, -1 the other way. One hop is in flight at a
-    time. Both directions go into one batch: a send that waits for a receive posted later would deadlock a ring on NCCL,
-    whose operations of one communicator run in order.
+    One pair is in flight at a time. Both directions go into one batch: a send that waits for a receive posted later
+    would deadlock a ring on NCCL, whose operations of one communicator run in order. With overlap=False `post` itself
+    waits, so that the worth of overlapping can be measured.
     """
 
-    def __init__(self, group_name: str, *, step: int) -> None:
-        group = resolve(group_name)
-        size, rank = group.size(), group.rank()
-        self._group = group
-        # P2P peers are global ranks, also when the group is not the world.
-        self._destination = dist.get_global_rank(group, (rank + step) % size)
-        self._source = dist.get_global_rank(group, (rank - step) % size)
+    def __init__(self, group_name: str, *, overlap: bool = True) -> None:
+        self._group = resolve(group_name)
+        self._overlap = overlap
         self._works: list[dist.Work] = []
-        self._held: tuple[torch.Tensor, ...] = ()
+        self._held: tuple[torch.Tensor | None, ...] = ()
 
-    def post(self, *, send: torch.Tensor, receive: torch.Tensor) -> None:
-        """Start one hop. Neither contiguous tensor may be written before `wait`."""
-        assert not self._works, "one hop at a time"
-        self._held = (send, receive)
-        self._works = dist.batch_isend_irecv(
-            [
-                dist.P2POp(dist.isend, send, self._destination, group=self._group),
-                dist.P2POp(dist.irecv, receive, self._source, group=self._group),
-            ]
-        )
+    def post(self, *, send: torch.Tensor | None, to: int, receive: torch.Tensor | None, source: int) -> None:
+        """Start a message to rank `to` of the group and one from rank `source`; None sends or receives nothing.
+
+        Neither contiguous tensor may be written before `wait`.
+        """
+        assert not self._works, "one pair of messages at a time"
+        operations = []
+        # P2P peers are global ranks, also when the group is not the world.
+        if send is not None:
+            operations.append(dist.P2POp(dist.isend, send, dist.get_global_rank(self._group, to), group=self._group))
+        if receive is not None:
+            operations.append(
+                dist.P2POp(dist.irecv, receive, dist.get_global_rank(self._group, source), group=self._group)
+            )
+        if operations:
+            self._held = (send, receive)
+            self._works = dist.batch_isend_irecv(operations)
+        if not self._overlap:
+            self.wait()
 
     def wait(self) -> None:
-        """End the hop in flight, if any. On CUDA the current stream waits, not the host."""
+        """End the messages in flight, if any. On CUDA the current stream waits, not the host."""
         for work in self._works:
             work.wait()
         self._works = []
         self._held = ()
+
+
+class Gathering:
+    """Collectives that collect one part from every rank while the caller computes: `post`, then `wait`."""
+
+    def __init__(self, group_name: str, *, overlap: bool = True) -> None:
+        self._group = resolve(group_name)
+        self._overlap = overlap
+
+    def post(self, part: torch.Tensor) -> tuple[torch.Tensor, dist.Work | None]:
+        """(parts of all ranks in rank order [N, ...], the work to wait for) of one contiguous part."""
+        parts = part.new_empty(self._group.size(), *part.shape)
+        work = dist.all_gather_into_tensor(parts.flatten(0, 1), part.contiguous(), group=self._group, async_op=True)
+        if not self._overlap and work is not None:
+            work.wait()
+            work = None
+        return parts, work
+
+    def reduce_scatter(self, parts: torch.Tensor) -> torch.Tensor:
+        """This rank's slice of `parts` [N, ...], summed over all ranks."""
+        own = parts.new_empty(parts.shape[1:])
+        dist.reduce_scatter_tensor(own, parts.flatten(0, 1), group=self._group)
+        return own
 
 
 def all_to_all(group_name: str, send: torch.Tensor) -> torch.Tensor:

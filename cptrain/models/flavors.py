@@ -2,8 +2,8 @@
 
 Each entry holds the keys of [model] that the published `config.json` fixes; head_dim is left out where it is
 dim / num_heads. `rope_original_max_position_embeddings` is the length before any rotary scaling: what YaRN and
-Llama 3.1 scaling start from. Not in the table: the sliding window of 4,096 that Mistral 7B v0.1 was trained with, and
-the norm_eps of 1e-6 of the instruct variants of Qwen 2 / 2.5 14B to 72B.
+Llama 3.1 scaling start from. Not in the table: the norm_eps of 1e-6 of the instruct variants of Qwen 2 / 2.5 14B to
+72B.
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ def _known() -> Mapping[str, Mapping[str, Any]]:
         "llama3.1-405b": _shape(16_384, 126, 128, 8, 53_248, **llama31),
         "llama3.2-1b": _shape(2048, 16, 32, 8, 8192, **llama32),
         "llama3.2-3b": _shape(3072, 28, 24, 8, 8192, **llama32),
-        "mistral-7b-v0.1": _shape(4096, 32, 32, 8, 14_336, vocab_size=32_000, rope_theta=10_000.0, **mistral),
+        "mistral-7b-v0.1": _shape(
+            4096, 32, 32, 8, 14_336, vocab_size=32_000, rope_theta=10_000.0, window_size=4096, **mistral
+        ),
         "mistral-7b-v0.3": _shape(4096, 32, 32, 8, 14_336, vocab_size=32_768, rope_theta=1_000_000.0, **mistral),
         "qwen2-0.5b": _shape(896, 24, 14, 2, 4864, **qwen2_tied),
         "qwen2-1.5b": _shape(1536, 28, 12, 2, 8960, **qwen2_tied),

@@ -86,6 +86,12 @@ class ModelConfig:
     qkv_bias: bool | Literal["auto"] = setting("auto", "biases on the query, key and value projections; custom: false")
     qk_norm: bool | Literal["auto"] = setting("auto", "RMSNorm on each query and key head; custom: false")
     attention_mask: Literal["causal", "full"] = setting("causal", "which keys a query sees: earlier ones, or all")
+    window_size: int | Literal["auto"] = setting(
+        "auto", "last keys that a query sees (sliding window); custom: 0 = all"
+    )
+    full_attention_every: int | Literal["auto"] = setting(
+        "auto", "every so many layers one without the window; custom: 0 = none"
+    )
 
     def problems(self) -> Iterator[Problem]:
         """Everything wrong in this section."""
@@ -100,6 +106,10 @@ class ModelConfig:
         missing = [key for key in ("dim", "num_layers", "num_heads") if merged[key] == "auto"]
         for key in missing:
             yield Problem(key=key, rule="a custom shape needs it", fix="set it, or name a known shape in model.flavor")
+        if merged["window_size"] and self.attention_mask == "full":
+            yield Problem(key="window_size", rule='a sliding window needs attention_mask = "causal"', fix="set it to 0")
+        if self.full_attention_every != "auto" and self.full_attention_every and not merged["window_size"]:
+            yield Problem(key="full_attention_every", rule="has no effect without a window_size", fix="set it to 0")
         yield from self._problems_of_heads(merged)
         yield from self._problems_of_rope(merged)
 
@@ -111,6 +121,9 @@ class ModelConfig:
         for key in (*positive, "rope_attention_factor"):
             if _given(value := getattr(self, key)) and not (value > 0 and math.isfinite(value)):
                 yield Problem(key=key, rule="must be a positive number")
+        for key in ("window_size", "full_attention_every"):
+            if _given(value := getattr(self, key)) and value < 0:
+                yield Problem(key=key, rule="must not be negative", fix="set it to 0 for none")
         if self.rope_theta != "auto" and not (self.rope_theta > 1 and math.isfinite(self.rope_theta)):
             yield Problem(key="rope_theta", rule="must be above 1", fix="set it to 10000 or 500000")
         if self.rope_factor != "auto" and not (self.rope_factor >= 1 and math.isfinite(self.rope_factor)):
@@ -198,6 +211,8 @@ def resolve(config: ModelConfig, vocab_size: int) -> ModelShape:
         qkv_bias=merged["qkv_bias"],
         qk_norm=merged["qk_norm"],
         attention_mask=config.attention_mask,
+        window_size=merged["window_size"],
+        full_attention_every=merged["full_attention_every"],
     )
 
 
@@ -220,6 +235,8 @@ def _merge(config: ModelConfig) -> dict[str, Any]:
         "tied_embeddings": False,
         "qkv_bias": False,
         "qk_norm": False,
+        "window_size": 0,
+        "full_attention_every": 0,
     }
     keys = (*_SIZES, *_ROPE_KEYS, *defaults)
     explicit = {key: getattr(config, key) for key in keys if _given(getattr(config, key))}

@@ -33,7 +33,8 @@ class ModelShape:
     """Everything a Llama-family decoder is built from; no field is left to be guessed.
 
     dim is the width of the residual stream, num_heads * head_dim the width of the attention (they differ in Qwen 3),
-    ffn_dim the inner width of SwiGLU, vocab_size the rows of the embedding.
+    ffn_dim the inner width of SwiGLU, vocab_size the rows of the embedding. window_size: keys that a query sees, itself
+    among them (0: all earlier ones), except in every full_attention_every-th layer (0: in none).
     """
 
     dim: int
@@ -50,6 +51,13 @@ class ModelShape:
     qkv_bias: bool
     qk_norm: bool
     attention_mask: AttentionMask
+    window_size: int = 0
+    full_attention_every: int = 0
+
+    def windows(self) -> tuple[int, ...]:
+        """The sliding window of each layer in tokens, 0 for a layer without one."""
+        every = self.full_attention_every
+        return tuple(0 if every and (layer + 1) % every == 0 else self.window_size for layer in range(self.num_layers))
 
 
 def num_parameters(shape: ModelShape) -> int:

@@ -18,8 +18,6 @@ from cptrain.parallel.fsdp import apply_fsdp
 from cptrain.parallel.settings import ActivationCheckpointConfig, CompileConfig
 from cptrain.parallel.tensor import apply_tensor_parallel
 
-ATTENTION_MODULES = "layers.*.attention"
-
 
 @dataclass(frozen=True)
 class Precision:
@@ -62,12 +60,18 @@ def parallelise(
     with torch.device("meta"):
         model = Llama(shape).to(precision.dtype)
     apply_tensor_parallel(model, meshes.tp)
-    context = ContextParallel(meshes.batch, layout=parallelism.context_parallel_layout)
-    context_modules = context.apply(model, modules=ATTENTION_MODULES) if context.degree > 1 else []
+    context = ContextParallel(
+        meshes.batch,
+        method="all_gather" if parallelism.context_parallel_method == "all_gather" else "auto",
+        layout=parallelism.context_parallel_layout,
+        ring_inner_degree=parallelism.ring_inner_degree,
+        overlap=parallelism.context_parallel_overlap,
+    )
+    context_modules = apply_context_parallel(model, context)
     apply_activation_checkpoint(model, activation_checkpoint.mode)
     if compile.enable:
         compile_blocks(model, backend=compile.backend)
-    # Also on one rank of the fsdp axis: FSDP2 sums what sequence parallel leaves partial, and casts for mixed precision.
+    # Also on one rank of the fsdp axis: FSDP2 sums what sequence parallel leaves partial, and casts to param_dtype.
     if meshes.degrees.world > 1 or precision.param != precision.dtype:
         apply_fsdp(
             model,
@@ -79,6 +83,26 @@ def parallelise(
     model.to_empty(device=meshes.device)
     initialise(model, seed)
     return ParallelModel(model=model, context=context, context_modules=context_modules)
+
+
+def apply_context_parallel(model: Llama, plan: ContextParallel) -> list[str]:
+    """Names of the attention modules that `plan` now serves: all, or on a plan of one rank those with a window.
+
+    Called again with another plan it switches the model over, blocks already wrapped for checkpointing included.
+    """
+    by_window: dict[int, list[str]] = {}
+    for layer, window in enumerate(model.shape.windows()):
+        by_window.setdefault(window, []).append(f"layers.{layer}.*attention")
+    names: list[str] = []
+    for window, patterns in by_window.items():
+        # F.scaled_dot_product_attention cannot express a window, so these layers need a plan on any number of ranks.
+        if plan.degree > 1 or window or _is_context_parallel(model):
+            names += plan.apply(model, modules=patterns, window_size=window or None)
+    return names
+
+
+def _is_context_parallel(model: Llama) -> bool:
+    return any(hasattr(module.forward, "context_parallel_switch") for module in model.modules())
 
 
 def compile_blocks(model: Llama, *, backend: str) -> None:

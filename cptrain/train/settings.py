@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from cptrain.checkpoint.settings import CheckpointConfig
 from cptrain.config import Problem, setting
 from cptrain.data.settings import DataConfig, TokenizerConfig
-from cptrain.distributed.settings import CommConfig, Degrees, ParallelismConfig, resolve_degrees, sequence_multiple
+from cptrain.distributed.settings import (
+    CommConfig,
+    Degrees,
+    Method,
+    ParallelismConfig,
+    resolve_degrees,
+    sequence_multiple,
+)
 from cptrain.metrics.settings import MetricsConfig, ProfilingConfig
 from cptrain.models.settings import ModelConfig, resolve
 from cptrain.models.shape import ModelShape
@@ -42,6 +49,25 @@ class JobConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainingStage:
+    """A part of the run with its own length and division of ranks; "auto" keeps what the run says."""
+
+    steps: int = setting(1, "optimizer steps of this stage; the last stage goes on to training.steps")
+    seq_len: int | Literal["auto"] = setting("auto", "tokens of one sequence, global")
+    local_batch_size: int | Literal["auto"] = setting("auto", "sequences per data-parallel rank at a time")
+    global_batch_size: int | Literal["auto"] = setting("auto", "sequences per step over all ranks")
+    context_parallel_method: Method | Literal["same"] = setting("same", 'method, or "same" as in [parallelism]')
+    context_parallel_degree: int | Literal["auto"] = setting("auto", "ranks that share one sequence")
+    ring_degree: int | Literal["auto"] = setting("auto", "ranks in the ring")
+    ulysses_degree: int | Literal["auto"] = setting("auto", "ranks that exchange heads for sequence")
+
+    def problems(self) -> Iterator[Problem]:
+        for key in ("steps", "seq_len", "local_batch_size", "global_batch_size"):
+            if getattr(self, key) != "auto" and getattr(self, key) < 1:
+                yield Problem(key=key, rule="must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """How long, on what lengths and batches, and in which precision."""
 
@@ -59,6 +85,7 @@ class TrainingConfig:
     mixed_precision_reduce: Literal["auto", "float32", "bfloat16", "float64"] = setting(
         "auto", "what gradients are summed over ranks in; auto = float32 (float64 for float64)"
     )
+    stages: tuple[TrainingStage, ...] = setting((), "[[training.stages]]: parts of the run, one after the other")
     gc_freq: int = setting(50, "steps between two collections of Python's garbage, at the same step on all ranks")
 
     def problems(self) -> Iterator[Problem]:
@@ -136,14 +163,53 @@ class TrainSettings:
             )
         if world_size is None:
             return
-        degrees, found = resolve_degrees(
-            self.parallelism, world_size=world_size, num_heads=shape.num_heads, num_kv_heads=shape.num_kv_heads
+        for index in range(max(1, len(self.training.stages))):
+            stage, where = self.at_stage(index), f"training.stages[{index}]: " if self.training.stages else ""
+            degrees, found = stage._resolve_degrees(world_size, shape)
+            for problem in found:
+                yield Problem(key=f"parallelism.{problem.key}", rule=where + problem.rule, fix=problem.fix)
+            if degrees is not None:
+                for problem in stage._problems_of_lengths(degrees, shape):
+                    yield Problem(key=problem.key, rule=where + problem.rule, fix=problem.fix)
+
+    def at_stage(self, index: int) -> TrainSettings:
+        """The settings as they are during a stage: its length, batch and degrees put in, no stages left."""
+        if not self.training.stages:
+            return self
+        stage = self.training.stages[index]
+        lengths = {key: getattr(stage, key) for key in ("seq_len", "local_batch_size", "global_batch_size")}
+        training = replace(
+            self.training, stages=(), **{key: value for key, value in lengths.items() if value != "auto"}
         )
-        for problem in found:
-            yield Problem(key=f"parallelism.{problem.key}", rule=problem.rule, fix=problem.fix)
-        if degrees is None:
-            return
-        yield from self._problems_of_lengths(degrees, shape)
+        parallelism = self.parallelism
+        keys = ("context_parallel_degree", "ring_degree", "ulysses_degree")
+        given = {key: getattr(stage, key) for key in keys}
+        if any(value != "auto" for value in given.values()):
+            # Degrees of a stage replace those of the run as a whole, and data parallel takes the ranks that they leave.
+            parallelism = replace(parallelism, data_parallel_shard_degree=-1, ring_inner_degree=1, **given)
+            if parallelism.context_parallel_method != "all_gather":
+                parallelism = replace(parallelism, context_parallel_method="auto")
+        if stage.context_parallel_method != "same":
+            parallelism = replace(parallelism, context_parallel_method=stage.context_parallel_method)
+        return replace(self, training=training, parallelism=parallelism)
+
+    def stage_of(self, step: int) -> int:
+        """Which stage optimizer step `step` (from 1) belongs to; 0 for a run without stages."""
+        end = 0
+        for index, stage in enumerate(self.training.stages):
+            end += stage.steps
+            if step <= end:
+                return index
+        return max(0, len(self.training.stages) - 1)
+
+    def _resolve_degrees(self, world_size: int, shape: ModelShape) -> tuple[Degrees | None, list[Problem]]:
+        return resolve_degrees(
+            self.parallelism,
+            world_size=world_size,
+            num_heads=shape.num_heads,
+            num_kv_heads=shape.num_kv_heads,
+            windowed=any(shape.windows()),
+        )
 
     def _problems_of_lengths(self, degrees: Degrees, shape: ModelShape) -> Iterator[Problem]:
         multiple, length = sequence_multiple(degrees), self.training.seq_len
@@ -178,9 +244,7 @@ class TrainSettings:
 
     def degrees(self, world_size: int, shape: ModelShape) -> Degrees:
         """The mesh for this many ranks; ValueError if there is none."""
-        degrees, found = resolve_degrees(
-            self.parallelism, world_size=world_size, num_heads=shape.num_heads, num_kv_heads=shape.num_kv_heads
-        )
+        degrees, found = self._resolve_degrees(world_size, shape)
         if degrees is None:
             raise ValueError("\n".join(f"parallelism.{p.key}: {p.rule}; {p.fix}" for p in found))
         return degrees

@@ -20,20 +20,20 @@ from cptrain.config.document import dump
 from cptrain.data.corpus import open_corpus
 from cptrain.data.loader import TrainBatches, validation_batches
 from cptrain.data.prepare import prepare_corpus
-from cptrain.data.split import split_documents
+from cptrain.data.split import Split, split_documents
 from cptrain.data.tokenizer import build_tokenizer
 from cptrain.data.windows import Windows
 from cptrain.distributed.mesh import build_meshes
 from cptrain.distributed.process_group import first_rank_result, set_timeouts
 from cptrain.loss import IGNORED, cross_entropy_sum
-from cptrain.metrics.flops import training_flops, visible_pairs
+from cptrain.metrics.flops import attention_pairs, training_flops
 from cptrain.metrics.logger import Metrics
 from cptrain.metrics.profiler import profiling
 from cptrain.metrics.record import StepRecord
 from cptrain.optim.adamw import build_optimizer, set_learning_rate
 from cptrain.optim.clip import clip_grad_norm
 from cptrain.optim.schedule import learning_rate
-from cptrain.parallel.apply import Precision, parallelise
+from cptrain.parallel.apply import Precision, apply_context_parallel, parallelise
 from cptrain.train.environment import write_environment
 from cptrain.train.interruption import Interruption
 from cptrain.train.report import describe
@@ -66,46 +66,33 @@ class Trainer:
 
         tokenizer = build_tokenizer(settings.tokenizer)
         self.shape = settings.shape(tokenizer.vocab_size)
-        degrees = settings.degrees(self.world_size, self.shape)
-        self.meshes = build_meshes(degrees, device)
-        self.train_windows, self.validation_windows = self._open_data()
+        self.stage = settings.at_stage(0)
+        degrees = self.stage.degrees(self.world_size, self.shape)
+        self.meshes = build_meshes(degrees, device, order=settings.parallelism.context_parallel_order)
+        self.training_split, self.held_out_split = self._open_data()
         precision = resolve_precision(settings.training, device)
         self.parallel = parallelise(
             self.shape,
             self.meshes,
-            parallelism=settings.parallelism,
+            parallelism=self.stage.parallelism,
             activation_checkpoint=settings.activation_checkpoint,
             compile=settings.compile,
             precision=precision,
             seed=settings.debug.seed,
         )
         self.model = self.parallel.model
+        self.context = self.parallel.context
         self.optimizer = build_optimizer(self.model, settings.optimizer)
 
         self.step = 0
+        self.stage_index = 0
         self.tokens_seen = 0
         gloo = dist.new_group(backend="gloo") if self.world_size > 1 else None
         self.checkpointer = Checkpointer(settings.checkpoint, settings.job.folder, gloo, mesh=asdict(degrees))
         self.toml = dump(settings)
-        next_index = self._resume()
-        self.batches = TrainBatches(
-            self.train_windows,
-            start_index=next_index,
-            global_batch_size=settings.global_batch_size(degrees),
-            local_batch_size=settings.training.local_batch_size,
-            dp_rank=self.meshes.data_rank,
-            dp_degree=degrees.data,
-            num_workers=settings.data.num_workers,
-            prefetch_factor=settings.data.prefetch_factor,
-        )
-        self.tokens_per_step = settings.global_batch_size(degrees) * settings.training.seq_len
-        self.flops_per_step = training_flops(
-            self.shape,
-            tokens=self.tokens_per_step,
-            pairs=visible_pairs(
-                [settings.training.seq_len] * settings.global_batch_size(degrees), self.shape.attention_mask
-            ),
-        )
+        self._resume()
+        self.batches: TrainBatches | None = None
+        self._enter_stage(settings.stage_of(self.step + 1))
         self.metrics = Metrics(
             settings.metrics,
             folder=settings.job.folder,
@@ -137,6 +124,7 @@ class Trainer:
             if settings.validation.enable and self.step == 0:
                 self.metrics.validation(0, self.validate())
             while self.step < settings.training.steps and not stopped_by:
+                self._enter_stage(settings.stage_of(self.step + 1))
                 stopped_by = self.train_step(interruption.requested)
                 profiler.step()
                 last = self.step == settings.training.steps or bool(stopped_by)
@@ -155,6 +143,7 @@ class Trainer:
         """One optimizer step over the global batch; returns the signal that some rank was sent, or ""."""
         start = time.perf_counter()
         step, settings = self.step + 1, self.settings
+        assert self.batches is not None
         lr = learning_rate(step, settings.lr_scheduler, lr=settings.optimizer.lr, total_steps=settings.training.steps)
         set_learning_rate(self.optimizer, lr)
         shards = [self.shard(next(self.batches)) for _ in range(self.batches.micro_batches)]
@@ -205,7 +194,7 @@ class Trainer:
     def validate(self) -> float:
         """Mean loss over the held-out windows, the same ones whatever the mesh. Touches neither data order nor RNG."""
         assert self.validation_windows is not None
-        settings, degrees = self.settings, self.meshes.degrees
+        settings, degrees = self.stage, self.meshes.degrees
         limit = settings.validation.steps * settings.global_batch_size(degrees)
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         for batch in validation_batches(
@@ -223,7 +212,7 @@ class Trainer:
 
     def shard(self, batch: dict[str, torch.Tensor]) -> Shard:
         """This rank's part of a batch of whole windows [B, S], as DTensors cut along S and taken locally."""
-        parts = self.parallel.context.shard(
+        parts = self.context.shard(
             *(batch[key].to(self.device, non_blocking=True) for key in ("tokens", "labels", "positions")),
             dim=1,
             as_dtensor=True,
@@ -235,15 +224,15 @@ class Trainer:
         train_state = {
             "step": self.step,
             "tokens_seen": self.tokens_seen,
-            "next_index": self.batches.next_index,
-            "data": self.train_windows.identity(),
+            "data": self.training_split.identity(),
             "world_size": self.world_size,
         }
         self.checkpointer.save(self.step, self._state(), train_state, self.toml)
 
     def close(self) -> None:
         """Stop the data workers and write out the metrics."""
-        self.batches.close()
+        if self.batches is not None:
+            self.batches.close()
         self.metrics.close()
 
     def __enter__(self) -> Self:
@@ -255,14 +244,63 @@ class Trainer:
     def _state(self) -> dict[str, Any]:
         return {**training_state(self.model, self.optimizer), rng.SECTION: rng.capture(self.rank)}
 
-    def _resume(self) -> int:
-        """Take the state of the newest checkpoint, if there is one; returns the global index of the next sample."""
+    def _enter_stage(self, index: int) -> None:
+        """Put a stage's length, batches and context-parallel plan in place; does nothing inside of one.
+
+        The order of the data is a function of the tokens seen, so that stages, and runs that resume at another length,
+        go on in the text where the last one stopped (to the next whole window).
+        """
+        if self.batches is not None and index == self.stage_index:
+            return
+        first, before = self.batches is None, self.stage
+        self.stage_index = index
+        self.stage = stage = self.settings.at_stage(index)
+        degrees = stage.degrees(self.world_size, self.shape)
+        if stage.parallelism != before.parallelism:
+            gathers = stage.parallelism.context_parallel_method == "all_gather" and degrees.ring > 1
+            self.context = self.parallel.context.regroup(
+                ring=degrees.ring,
+                ulysses=degrees.ulysses,
+                method="all_gather" if gathers else "auto",
+                ring_inner_degree=stage.parallelism.ring_inner_degree,
+            )
+            self.meshes = self.meshes.regrouped(self.context.mesh, degrees)
+            apply_context_parallel(self.model, self.context)
+        length, global_batch = stage.training.seq_len, stage.global_batch_size(degrees)
+        self.train_windows = Windows(self.training_split, seq_len=length)
+        self.validation_windows = None
+        if stage.validation.enable:
+            self.validation_windows = Windows(self.held_out_split, seq_len=length)
+        if self.batches is not None:
+            self.batches.close()
+        self.batches = TrainBatches(
+            self.train_windows,
+            start_index=-(-self.tokens_seen // length),
+            global_batch_size=global_batch,
+            local_batch_size=stage.training.local_batch_size,
+            dp_rank=self.meshes.data_rank,
+            dp_degree=degrees.data,
+            num_workers=stage.data.num_workers,
+            prefetch_factor=stage.data.prefetch_factor,
+        )
+        self.tokens_per_step = global_batch * length
+        self.flops_per_step = training_flops(
+            self.shape, tokens=self.tokens_per_step, pairs=attention_pairs(self.shape, [length] * global_batch)
+        )
+        if not first and self.rank == 0:
+            logger.info(
+                f"stage {index + 1} from step {self.step + 1}: {global_batch} x {length:,} tokens, "
+                f"{self.context.describe()}, data parallel {degrees.data}"
+            )
+
+    def _resume(self) -> None:
+        """Take the state of the newest checkpoint, if there is one."""
         state = self._state()
         found = self.checkpointer.load(state)
         if found is None:
-            return 0
+            return
         rng.restore(state[rng.SECTION])
-        ours = self.train_windows.identity()
+        ours = self.training_split.identity()
         differing = [key for key, value in ours.items() if found["data"].get(key) != value]
         if differing:
             was = ", ".join(f"{key} = {found['data'].get(key)} (here {ours[key]})" for key in differing)
@@ -271,20 +309,14 @@ class Trainer:
                 "decides the order of the data; restore these, or choose another job.name for a new run"
             )
         self.step, self.tokens_seen = found["step"], found["tokens_seen"]
-        return found["next_index"]
 
-    def _open_data(self) -> tuple[Windows, Windows | None]:
-        """(training, held-out) windows; rank 0 prepares the text, and its errors are raised on all ranks."""
+    def _open_data(self) -> tuple[Split, Split]:
+        """(training, held-out) text; rank 0 prepares it, and its errors are raised on all ranks."""
         settings = self.settings
         seed = settings.data.resolved_seed(settings.debug.seed)
         folder = first_rank_result(lambda: prepare_corpus(settings.data, settings.tokenizer, seed=seed))
         corpus = open_corpus(folder)
-        training, held_out = split_documents(corpus, fraction=settings.data.validation_fraction, seed=seed)
-        length = settings.training.seq_len
-        return (
-            Windows(training, seq_len=length),
-            Windows(held_out, seq_len=length) if settings.validation.enable else None,
-        )
+        return split_documents(corpus, fraction=settings.data.validation_fraction, seed=seed)
 
     def _agree(self, valid_here: torch.Tensor | int, requested_stop: str) -> tuple[int, str]:
         """(valid tokens of the step over all ranks, the signal that some rank was sent or ""), in one message."""
@@ -303,7 +335,7 @@ class Trainer:
         (folder / "config.toml").write_text(self.toml, encoding="utf-8")
         write_environment(folder / "environment.json", self.world_size)
         for line in describe(
-            self.settings, self.meshes.degrees, self.shape, context_modules=self.parallel.context_modules
+            self.stage, self.meshes.degrees, self.shape, context_modules=self.parallel.context_modules
         ).splitlines():
             logger.info(line)
 

@@ -1,0 +1,71 @@
+"""Every rank gathers all keys and values, one kv head at a time: the next head arrives while one is computed.
+
+Memory is O(S) for one head instead of all of them. Gradients of a head's keys are summed over ranks by a reduce-scatter
+in fp32 (fp64).
+Source: Llama 3 (arXiv:2407.21783 section 3.3.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from cptrain.context_parallel.carrier import Gradients, Piece, accumulator_dtype, add, cached_whole_blocks, new_heads
+from cptrain.context_parallel.layout import Layout
+from cptrain.context_parallel.mask import Mask
+from cptrain.distributed.transport import Gathering, group_rank
+
+
+class AllGather:
+    """Carries the keys of one head after another to all ranks of `group`."""
+
+    def __init__(self, layout: Layout, mask: Mask, *, group: str, overlap: bool) -> None:
+        self._layout = layout
+        self._gathering = Gathering(group, overlap=overlap)
+        self._blocks = cached_whole_blocks(layout, mask, group_rank(group))
+
+    def kept_numel(self, k: torch.Tensor, v: torch.Tensor) -> int:
+        return 0
+
+    def forward(self, k: torch.Tensor, v: torch.Tensor, compute: Callable[[Piece], None]) -> torch.Tensor:
+        self._visit(k, v, lambda piece: compute(piece))
+        return k.new_empty(0)
+
+    def backward(
+        self, k: torch.Tensor, v: torch.Tensor, kept: torch.Tensor, compute: Callable[[Piece], Gradients]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        wide = accumulator_dtype(k.dtype)
+        total = new_heads(k, wide), new_heads(v, wide)
+        permutation = self._layout.permutation().to(k.device)
+
+        def visit(piece: Piece) -> None:
+            whole = new_heads(piece.keys, wide).zero_(), new_heads(piece.values, wide).zero_()
+            add(whole, compute(piece))
+            both = torch.cat(whole, -1).index_select(2, permutation)  # [B, 1, S, Dk + Dv] in sharded order
+            parts = both.unflatten(2, (self._layout.num_ranks, -1)).movedim(2, 0).contiguous()
+            own = self._gathering.reduce_scatter(parts)
+            for x, part in zip(total, own.split([k.size(-1), v.size(-1)], -1), strict=True):
+                x[:, piece.first_head : piece.first_head + 1] = part
+
+        self._visit(k, v, visit)
+        return total
+
+    def _visit(self, k: torch.Tensor, v: torch.Tensor, visit: Callable[[Piece], None]) -> None:
+        """One head after another, the next always under way."""
+        inverse = self._layout.inverse().to(k.device)
+        under_way = self._post(k, v, 0)
+        for head in range(k.size(1)):
+            parts, work = under_way
+            if work is not None:
+                work.wait()
+            if head + 1 < k.size(1):
+                under_way = self._post(k, v, head + 1)
+            # [N, B, 1, T, D] -> [B, 1, N * T, D], then from sharded to global order
+            both = parts.movedim(0, 2).flatten(2, 3).index_select(2, inverse)
+            keys, values = both.split([k.size(-1), v.size(-1)], -1)
+            visit(Piece(keys, values, self._blocks, first_head=head))
+
+    def _post(self, k: torch.Tensor, v: torch.Tensor, head: int) -> tuple[torch.Tensor, dist.Work | None]:
+        return self._gathering.post(torch.cat((k[:, head : head + 1], v[:, head : head + 1]), -1))

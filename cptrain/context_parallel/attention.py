@@ -1,0 +1,237 @@
+"""Attention over sequence shards as one custom operator: whatever carries the keys, the computation is this.
+
+[Note: attention is one operator]
+Forward and backward are `torch.library` operators, so that selective activation checkpointing can keep the result (the
+recompute then sends nothing) and torch.compile sees one opaque call. A policy that keeps only the inner kernel's output
+would still repeat every message. An operator's outputs must alias neither its inputs nor each other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from cptrain.context_parallel.all_gather import AllGather
+from cptrain.context_parallel.carrier import Alone, Carrier, Gradients, Piece, accumulator_dtype, new_heads
+from cptrain.context_parallel.exchange import Exchange, num_needed_keys
+from cptrain.context_parallel.groups import Groups
+from cptrain.context_parallel.kernels import Kernel, backward_block, choose_kernel, forward_block, merge
+from cptrain.context_parallel.layout import Layout, make_layout
+from cptrain.context_parallel.mask import Mask
+from cptrain.context_parallel.ring import Ring
+from cptrain.context_parallel.schedule import Block
+
+
+@dataclass(frozen=True)
+class Route:
+    """How keys are carried: everything about an attention call but its tensors, as one string for the operator.
+
+    method: "ring" or "all_gather". num_ranks: that share the sequence. layout: its name.
+    """
+
+    method: str
+    num_ranks: int
+    layout: str
+    overlap: bool
+    groups: Groups
+
+    def encode(self) -> str:
+        """The route as a string; `decode` gives it back."""
+        return ";".join((self.method, str(self.num_ranks), self.layout, str(int(self.overlap)), *self.groups))
+
+    @staticmethod
+    @lru_cache(maxsize=64)
+    def decode(text: str) -> Route:
+        """The route that `encode` gave this string for."""
+        method, num_ranks, layout, overlap, *groups = text.split(";")
+        return Route(method, int(num_ranks), layout, overlap == "1", Groups(*groups))
+
+    def carrier(self, length: int, mask: Mask) -> Carrier:
+        """What carries the keys of a sequence of `length` tokens under this mask."""
+        layout = _layout(self.layout, self.num_ranks, length)
+        if self.num_ranks == 1:
+            return Alone(layout, mask)
+        if sends_needed_only(layout, mask):
+            groups = self.groups
+            return Exchange(layout, mask, group=groups.ring, grad_group=groups.ring_grad, overlap=self.overlap)
+        if self.method == "all_gather":
+            return AllGather(layout, mask, group=self.groups.ring, overlap=self.overlap)
+        return Ring(
+            layout,
+            mask,
+            inner=self.groups.inner,
+            outer=self.groups.outer,
+            inner_grad=self.groups.inner_grad,
+            outer_grad=self.groups.outer_grad,
+            overlap=self.overlap,
+        )
+
+
+_layout = lru_cache(maxsize=64)(make_layout)
+
+
+def sends_needed_only(layout: Layout, mask: Mask) -> bool:
+    """Whether keys go straight to their readers: with a window, where that is fewer bytes than all of them to all."""
+    if not mask.window or mask.window >= layout.length:
+        return False
+    return num_needed_keys(layout, mask) < layout.num_ranks * (layout.num_ranks - 1) * layout.shard_length
+
+
+class _Rows:
+    """The running result of all queries of some heads."""
+
+    def __init__(self, q: torch.Tensor, value_dim: int) -> None:
+        self._q, self._value_dim = q, value_dim
+        self.out: torch.Tensor | None = None
+        self.lse: torch.Tensor | None = None
+
+    def add(self, rows: slice, block_out: torch.Tensor, block_lse: torch.Tensor) -> None:
+        wide = accumulator_dtype(self._q.dtype)
+        if self.out is None or self.lse is None:
+            if block_out.size(2) == self._q.size(2):
+                # The first block covers every row: its result, in buffers of its own, starts the accumulation.
+                self.out, self.lse = block_out.to(wide), block_lse.contiguous()
+                return
+            self.out = new_heads(self._q, wide, self._value_dim).zero_()
+            self.lse = torch.full(self._q.shape[:3], -torch.inf, dtype=wide, device=self._q.device)
+        merge(self.out[:, :, rows], self.lse[:, :, rows], block_out, block_lse)
+
+
+@torch.library.custom_op("cptrain::attention", mutates_args=())
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, route: str, causal: bool, window: int, scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Exact attention of this rank's queries over the whole sequence.
+
+    Shapes: q [B, H, T, D], k [B, Hk, T, D], v [B, Hk, T, Dv] local shards. Returns out [B, H, T, Dv] in the dtype of q,
+    lse [B, H, T] in fp32 (fp64), and the flat keys and values, if any, from which the carrier's backward starts.
+    """
+    plan = Route.decode(route)
+    carrier = plan.carrier(plan.num_ranks * k.size(2), Mask(causal, window))
+    kernel = _kernel(q, k, v)
+    group = q.size(1) // k.size(1)
+    results: dict[int, _Rows] = {}
+
+    def compute(piece: Piece) -> None:
+        heads = slice(piece.first_head * group, (piece.first_head + piece.keys.size(1)) * group)
+        queries = q[:, heads]
+        rows_of = results.setdefault(piece.first_head, _Rows(queries, v.size(-1)))
+        for block in piece.blocks:
+            rows, columns = _rows(block, causal), slice(block.k_start, block.k_stop)
+            result = forward_block(
+                kernel,
+                queries[:, :, rows],
+                piece.keys[:, :, columns],
+                piece.values[:, :, columns],
+                block.shape,
+                scale,
+            )
+            rows_of.add(rows, *result)
+
+    kept = carrier.forward(k, v, compute)
+    outs, lses = zip(*((part.out, part.lse) for part in results.values()), strict=True)
+    out = outs[0] if len(outs) == 1 else torch.cat([x.to(q.dtype) for x in outs], 1)
+    lse = lses[0] if len(lses) == 1 else torch.cat(lses, 1)
+    return _stored_by_token(out.to(q.dtype)), lse, kept
+
+
+def _rows(block: Block, causal: bool) -> slice:
+    """The queries of a block: without a causal mask all, however many keys cross-attention gives them."""
+    return slice(block.q_start, block.q_stop) if causal else slice(None)
+
+
+def _kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Kernel:
+    return choose_kernel(q.device.type, q.dtype, same_dims=k.size(-1) == v.size(-1))
+
+
+def _stored_by_token(x: torch.Tensor) -> torch.Tensor:
+    """x [B, H, T, D] stored as [B, T, H, D], which is what the operator's fake promises; a copy only if it is not."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@attention.register_fake
+def _(q, k, v, route, causal, window, scale):  # type: ignore[no-untyped-def]
+    plan = Route.decode(route)
+    carrier = plan.carrier(plan.num_ranks * k.size(2), Mask(causal, window))
+    out = new_heads(q, q.dtype, v.size(-1))
+    lse = q.new_empty(q.shape[:3], dtype=accumulator_dtype(q.dtype))
+    return out, lse, k.new_empty(carrier.kept_numel(k, v))
+
+
+@torch.library.custom_op("cptrain::attention_backward", mutates_args=())
+def attention_backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    kept: torch.Tensor,
+    route: str,
+    causal: bool,
+    window: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dq, dk, dv of `attention`, shaped and typed as q, k, v."""
+    plan = Route.decode(route)
+    carrier = plan.carrier(plan.num_ranks * k.size(2), Mask(causal, window))
+    kernel = _kernel(q, k, v)
+    group = q.size(1) // k.size(1)
+    dqs: dict[int, torch.Tensor] = {}
+
+    def compute(piece: Piece) -> Gradients:
+        heads = slice(piece.first_head * group, (piece.first_head + piece.keys.size(1)) * group)
+        parts = [x[:, heads] for x in (dout, q, out, lse)]
+        gradients = []
+        for block in piece.blocks:
+            rows, columns = _rows(block, causal), slice(block.k_start, block.k_stop)
+            block_dout, queries, block_out, block_lse = (x[:, :, rows] for x in parts)
+            dq, dk, dv = backward_block(
+                kernel,
+                block_dout,
+                queries,
+                piece.keys[:, :, columns],
+                piece.values[:, :, columns],
+                block_out,
+                block_lse,
+                block.shape,
+                scale,
+            )
+            if piece.first_head not in dqs and dq.size(2) == q.size(2):
+                dqs[piece.first_head] = dq.to(accumulator_dtype(q.dtype))
+            else:
+                if piece.first_head not in dqs:
+                    dqs[piece.first_head] = new_heads(parts[1], accumulator_dtype(q.dtype)).zero_()
+                dqs[piece.first_head][:, :, rows] += dq
+            gradients.append((columns, dk, dv))
+        return gradients
+
+    dk, dv = carrier.backward(k, v, kept, compute)
+    totals = list(dqs.values())
+    dq = totals[0] if len(totals) == 1 else torch.cat([x.to(q.dtype) for x in totals], 1)
+    # Copies where they are views of one message, since outputs of an operator may not share a buffer.
+    copy = dk.untyped_storage().data_ptr() == dv.untyped_storage().data_ptr()
+    dk, dv = (_stored_by_token(x.to(k.dtype, copy=copy)) for x in (dk, dv))
+    return _stored_by_token(dq.to(q.dtype)), dk, dv
+
+
+@attention_backward.register_fake
+def _(dout, q, k, v, out, lse, kept, route, causal, window, scale):  # type: ignore[no-untyped-def]
+    return new_heads(q, q.dtype), new_heads(k, k.dtype), new_heads(v, v.dtype)
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    q, k, v, *ctx.settings = inputs
+    out, lse, kept = output
+    ctx.mark_non_differentiable(lse, kept)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, out, lse, kept)
+
+
+def _backward(ctx, dout, dlse, dkept):  # type: ignore[no-untyped-def]
+    return (*attention_backward(dout, *ctx.saved_tensors, *ctx.settings), *(None for _ in ctx.settings))
+
+
+attention.register_autograd(_backward, setup_context=_setup_context)

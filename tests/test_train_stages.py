@@ -1,0 +1,63 @@
+"""A run whose stages change the plan, and one whose stages change the length."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from runs import GLOBAL_BATCH, Outcome, assert_same_training, small_settings, train, write_text
+
+from cptrain.train.settings import TrainingStage, TrainSettings
+
+# every way to divide four ranks between data, ring and ulysses, and what only methods tell apart
+FACTORISATIONS = [
+    {"ring_degree": 1, "ulysses_degree": 1},
+    {"ring_degree": 4},
+    {"ring_degree": 2, "ulysses_degree": 2},
+    {"ulysses_degree": 4},
+    {"ring_degree": 2},
+    {"ulysses_degree": 2},
+    {"ring_degree": 4, "context_parallel_method": "all_gather"},
+    {"ring_degree": 4},
+]
+
+
+def train_all(rank: int, world: int, variants: list[TrainSettings]) -> list[Outcome | None]:
+    return [train(settings) for settings in variants]
+
+
+def stages(each: list[dict], **common: int) -> tuple[TrainingStage, ...]:
+    return tuple(TrainingStage(**keys, **common) for keys in each)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> str:
+    return write_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.mark.parametrize("model", [{}, {"window_size": 20, "full_attention_every": 2}], ids=["causal", "windows"])
+def test_stages_that_change_the_plan_at_every_step_change_nothing(pool, text, tmp_path, model):
+    plain = small_settings(tmp_path / "plain", text, training={"local_batch_size": GLOBAL_BATCH}, model=model)
+    expected = pool.run(1, train_all, [plain])[0][0]
+    changing = [
+        small_settings(
+            tmp_path / mode,
+            text,
+            model=model,
+            training={"stages": stages(FACTORISATIONS, steps=1)},
+            activation_checkpoint={"mode": mode},
+        )
+        for mode in ("none", "selective")
+    ]
+    for outcome in pool.run(4, train_all, changing)[0]:
+        assert_same_training(outcome, expected)
+
+
+def test_stages_change_the_length_and_go_on_in_the_text(pool, text, tmp_path):
+    lengths = stages([{"seq_len": 32, "steps": 4}, {"seq_len": 128, "ring_degree": 2, "steps": 6}])
+    one = small_settings(
+        tmp_path / "one", text, training={"stages": stages([{"seq_len": 32, "steps": 4}, {"seq_len": 128, "steps": 6}])}
+    )
+    two = dataclasses.replace(small_settings(tmp_path / "two", text, training={"stages": lengths}))
+    expected = pool.run(1, train_all, [one])[0][0]
+    assert_same_training(pool.run(2, train_all, [two])[0][0], expected)
