@@ -14,7 +14,7 @@ import torch.distributed as dist
 from small import loss_sum, plan, small_batch, small_model
 from tolerance import assert_matches
 
-from cptrain.context_parallel import ring
+from cptrain.context_parallel import attention as operator
 from cptrain.parallel.activation_checkpoint import apply_activation_checkpoint
 
 LAYERS = 2
@@ -34,7 +34,7 @@ class Log(list):
 def logged() -> Iterator[Log]:
     """Logs all point-to-point and all-to-all messages of this process, and the kernel calls of the ring operator."""
     log = Log()
-    send, exchange, choose = dist.batch_isend_irecv, dist.all_to_all_single, ring.choose_kernel
+    send, exchange, choose = dist.batch_isend_irecv, dist.all_to_all_single, operator.choose_kernel
 
     def counted_send(operations):
         sent = [op for op in operations if op.op is dist.isend]
@@ -45,8 +45,8 @@ def logged() -> Iterator[Log]:
         log.append(("all to all", tensor.nbytes, group.group_name))
         return exchange(output, tensor, group=group, **options)
 
-    def counted_kernel(*args):
-        kernel = choose(*args)
+    def counted_kernel(*args, **options):
+        kernel = choose(*args, **options)
         return dataclasses.replace(
             kernel,
             forward=lambda *a: (log.append(("forward",)), kernel.forward(*a))[1],
@@ -56,7 +56,7 @@ def logged() -> Iterator[Log]:
     with (
         mock.patch.object(dist, "batch_isend_irecv", counted_send),
         mock.patch.object(dist, "all_to_all_single", counted_exchange),
-        mock.patch.object(ring, "choose_kernel", counted_kernel),
+        mock.patch.object(operator, "choose_kernel", counted_kernel),
     ):
         yield log
 

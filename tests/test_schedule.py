@@ -7,12 +7,13 @@ import random
 import pytest
 import torch
 
-from cptrain.context_parallel.layout import Layout, contiguous, zigzag
+from cptrain.context_parallel.layout import Layout, Span, contiguous, zigzag
 from cptrain.context_parallel.mask import CAUSAL, FULL, Mask
-from cptrain.context_parallel.schedule import Block, ring_schedule
+from cptrain.context_parallel.schedule import Block, Shape, needed, packed, shard_blocks, whole_blocks
 
 RANKS = range(1, 17)
-MASKS = {"causal": CAUSAL, "full": FULL}
+WINDOWS = (1, 2, 3, 4, 5, 9, 16, 1000)
+MASKS = {"causal": CAUSAL, "full": FULL, **{f"window {w}": Mask(causal=True, window=w) for w in WINDOWS}}
 
 
 def dealt(num_ranks: int, chunks_per_rank: int, chunk_size: int, seed: int) -> Layout:
@@ -26,57 +27,75 @@ def dealt(num_ranks: int, chunks_per_rank: int, chunk_size: int, seed: int) -> L
 LAYOUTS = {
     "contiguous": [contiguous(n, 3 * n) for n in RANKS],
     "zigzag": [zigzag(n, 4 * n) for n in RANKS],
-    "random": [dealt(n, per_rank, 1 + seed % 2, seed) for n in RANKS for per_rank in (1, 2, 3, 5) for seed in (0, 1)],
+    "zigzag, odd chunks": [zigzag(n, 10 * n) for n in (1, 2, 3, 5)],
+    "random": [dealt(n, per_rank, 1 + seed % 3, seed) for n in RANKS for per_rank in (1, 2, 3) for seed in (0, 2)],
 }
 
 
-def times_computed(layout: Layout, mask: Mask) -> torch.Tensor:
-    """In how many blocks each global (query, key) pair lies. [S, S]."""
-    shards = layout.permutation().view(layout.num_ranks, -1)
-    counts = torch.zeros(layout.length, layout.length, dtype=torch.int64)
-    for rank in range(layout.num_ranks):
-        for hop in ring_schedule(layout, mask, rank):
-            for block in hop.blocks:
-                queries = shards[rank, block.q_start : block.q_stop]
-                keys = shards[hop.source, block.k_start : block.k_stop]
-                assert len(queries) == block.q_stop - block.q_start > 0
-                assert len(keys) == block.k_stop - block.k_start > 0
-                pairs = torch.ones(len(queries), len(keys), dtype=torch.int64)
-                if block.causal:
-                    assert len(queries) == len(keys), "a causal block is square"
-                    pairs = pairs.tril()
-                assert block.num_pairs == pairs.sum()
-                counts[queries[:, None], keys] += pairs
-    return counts
+def visible(length: int, mask: Mask) -> torch.Tensor:
+    """The dense mask, from its words: [S, S]."""
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    seen = distance >= 0 if mask.causal else torch.ones(length, length, dtype=torch.bool)
+    return seen & (distance < mask.window) if mask.window else seen
 
 
-@pytest.mark.parametrize("mask", MASKS)
+def count(counts: torch.Tensor, blocks: tuple[Block, ...], queries: torch.Tensor, keys: torch.Tensor) -> None:
+    """Add one for each (query, key) pair that these blocks compute; queries and keys are global positions."""
+    for block in blocks:
+        rows, columns = queries[block.q_start : block.q_stop], keys[block.k_start : block.k_stop]
+        assert len(rows) == block.q_stop - block.q_start > 0
+        assert len(columns) == block.k_stop - block.k_start > 0
+        pairs = torch.ones(len(rows), len(columns), dtype=torch.int64)
+        if block.shape is not Shape.FULL:
+            assert len(rows) == len(columns), "a triangle is half a square"
+            pairs = pairs.tril() if block.shape is Shape.LOWER else pairs.triu()
+        assert block.num_pairs == pairs.sum()
+        counts[rows[:, None], columns] += pairs
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_schedule_computes_each_visible_pair_once_and_no_other(name, mask):
+def test_schedule_computes_each_visible_pair_once_and_no_other(name):
     for layout in LAYOUTS[name]:
-        visible = torch.ones(layout.length, layout.length, dtype=torch.int64)
-        if mask == "causal":
-            visible = visible.tril()
-        assert torch.equal(times_computed(layout, MASKS[mask]), visible), layout
+        shards = layout.permutation().view(layout.num_ranks, -1)
+        for mask in MASKS.values():
+            by_source, whole = (torch.zeros(layout.length, layout.length, dtype=torch.int64) for _ in range(2))
+            for rank in range(layout.num_ranks):
+                for source in range(layout.num_ranks):
+                    count(by_source, shard_blocks(layout, mask, rank, source), shards[rank], shards[source])
+                count(whole, whole_blocks(layout, mask, rank), shards[rank], torch.arange(layout.length))
+            expected = visible(layout.length, mask).to(torch.int64)
+            assert torch.equal(by_source, expected), (layout, mask)
+            assert torch.equal(whole, expected), (layout, mask)
 
 
-def test_schedule_mask_describes_what_is_visible():
-    assert [[CAUSAL.visible(q, k) for k in range(3)] for q in range(3)] == torch.ones(3, 3).bool().tril().tolist()
-    assert all(FULL.visible(q, k) for q in range(3) for k in range(3))
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_schedule_mask_describes_what_is_visible(mask):
+    assert torch.tensor([[mask.visible(q, k) for k in range(20)] for q in range(20)]).equal(visible(20, mask))
 
 
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_schedule_makes_all_hops_and_receives_from_behind(name, mask):
+@pytest.mark.parametrize(("causal", "window"), [(True, -1), (False, 3)])
+def test_schedule_refuses_a_mask_that_means_nothing(causal, window):
+    with pytest.raises(ValueError, match=f"window = {window}"):
+        Mask(causal=causal, window=window)
+
+
+@pytest.mark.parametrize("name", ["zigzag", "random"])
+def test_schedule_packs_the_keys_that_are_needed_and_no_more(name):
+    mask = Mask(causal=True, window=4)
     for layout in LAYOUTS[name]:
-        size = layout.num_ranks
-        for rank in range(size):
-            hops = ring_schedule(layout, MASKS[mask], rank)
-            assert [hop.source for hop in hops] == [(rank - i) % size for i in range(size)]
+        for rank in range(layout.num_ranks):
+            for source in range(layout.num_ranks):
+                blocks = shard_blocks(layout, mask, rank, source)
+                kept = [key for start, stop in needed(blocks) for key in range(start, stop)]
+                assert kept == sorted({key for block in blocks for key in range(block.k_start, block.k_stop)})
+                for block, moved in zip(blocks, packed(blocks), strict=True):
+                    assert kept[moved.k_start : moved.k_stop] == list(range(block.k_start, block.k_stop))
+                    assert moved[:2] == block[:2] and moved.shape is block.shape
 
 
-def work(layout: Layout, rank: int) -> int:
-    return sum(block.num_pairs for hop in ring_schedule(layout, CAUSAL, rank) for block in hop.blocks)
+def work(layout: Layout, rank: int, mask: Mask = CAUSAL) -> int:
+    sources = range(layout.num_ranks)
+    return sum(block.num_pairs for source in sources for block in shard_blocks(layout, mask, rank, source))
 
 
 def test_schedule_of_causal_zigzag_gives_every_rank_the_same_work():
@@ -84,11 +103,20 @@ def test_schedule_of_causal_zigzag_gives_every_rank_the_same_work():
         assert len({work(layout, rank) for rank in range(layout.num_ranks)}) == 1
 
 
+def test_schedule_of_windowed_zigzag_gives_every_rank_nearly_the_same_work():
+    for num_ranks in (2, 4, 8):
+        shares = [
+            work(zigzag(num_ranks, 64 * num_ranks), rank, Mask(causal=True, window=8)) for rank in range(num_ranks)
+        ]
+        assert max(shares) <= 1.05 * sum(shares) / num_ranks
+
+
 def test_schedule_of_causal_zigzag_gives_every_rank_the_same_work_at_each_hop():
     for layout in LAYOUTS["zigzag"]:
-        for index in range(1, layout.num_ranks):
-            hops = [ring_schedule(layout, CAUSAL, rank)[index] for rank in range(layout.num_ranks)]
-            assert len({sum(block.num_pairs for block in hop.blocks) for hop in hops}) == 1
+        size = layout.num_ranks
+        for hop in range(1, size):
+            found = [shard_blocks(layout, CAUSAL, rank, (rank - hop) % size) for rank in range(size)]
+            assert len({sum(block.num_pairs for block in blocks) for blocks in found}) == 1
 
 
 def test_schedule_of_causal_contiguous_leaves_the_last_rank_most_work():
@@ -98,15 +126,21 @@ def test_schedule_of_causal_contiguous_leaves_the_last_rank_most_work():
     assert max(shares) > 1.8 * sum(shares) / 16
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("mask", [CAUSAL, FULL], ids=["causal", "full"])
 def test_schedule_of_zigzag_is_one_kernel_call_a_hop(mask):
     for layout in LAYOUTS["zigzag"]:
         for rank in range(layout.num_ranks):
-            assert [len(hop.blocks) for hop in ring_schedule(layout, MASKS[mask], rank)] == [1] * layout.num_ranks
+            assert all(len(shard_blocks(layout, mask, rank, source)) == 1 for source in range(layout.num_ranks))
 
 
 def test_schedule_of_full_attention_is_one_whole_block_a_hop_for_any_layout():
     for layout in LAYOUTS["random"]:
         length = layout.shard_length
-        for hop in ring_schedule(layout, FULL, 0):
-            assert hop.blocks == (Block(0, length, 0, length, False),)
+        for source in range(layout.num_ranks):
+            assert shard_blocks(layout, FULL, 0, source) == (Block(0, length, 0, length),)
+
+
+def test_schedule_of_one_window_in_one_rank_is_few_triangles():
+    blocks = whole_blocks(contiguous(1, 4096), Mask(causal=True, window=512), 0)
+    assert len(blocks) <= 2 * 4096 // 511 + 2
+    assert contiguous(1, 4096).spans(0) == [Span(0, 0, 4096)]
