@@ -1,4 +1,5 @@
 # shellcheck shell=bash
+# shellcheck disable=SC2154 # root
 # Sourced by launch/quickstart.sh and tools/test.sh, with `root` set to the folder of pyproject.toml: `set_up EXTRA`
 # makes $root/.venv, or reuses it, and installs cptrain into it. Nothing outside of .venv is changed.
 

@@ -78,6 +78,21 @@ def test_data_split_pickles_without_its_order(tmp_path: Path) -> None:
     assert pickle.loads(data).documents.tolist() == split.documents.tolist()
 
 
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [("text", "data.fingerprint"), ("seed", "data.seed"), ("fraction", "data.validation_fraction")],
+)
+def test_data_split_identity_names_what_changed(tmp_path: Path, change: str, key: str) -> None:
+    values = {"text": (["ab"] * 10, ["ba"] * 10), "seed": (0, 1), "fraction": (0.1, 0.2)}
+
+    def identity(changed: str) -> dict[str, str | int | float]:
+        text, seed, fraction = (pair[name == changed] for name, pair in values.items())
+        return split_documents(corpus_of(tmp_path, text), fraction=fraction, seed=seed)[0].identity()
+
+    before, after = identity("nothing"), identity(change)
+    assert [name for name in before if before[name] != after[name]] == [key]
+
+
 # Windows
 
 
@@ -183,17 +198,3 @@ def test_data_windows_too_little_text_says_how_much_is_needed(tmp_path: Path, si
     assert len(Windows(split, seq_len=19)) == 1
     with pytest.raises(ValueError, match=f"seq_len = 20: one window needs 21 tokens, the .* has 20 in 5 .*{way_out}"):
         Windows(split, seq_len=20)
-
-
-@pytest.mark.parametrize("change", ["text", "seed", "seq_len", "fraction"])
-def test_data_windows_identity_names_what_changed(tmp_path: Path, change: str) -> None:
-    def identity(texts: list[str], seed: int, seq_len: int, fraction: float) -> dict[str, str | int | float]:
-        return Windows(
-            split_documents(corpus_of(tmp_path, texts), fraction=fraction, seed=seed)[0], seq_len=seq_len
-        ).identity()
-
-    values = {"text": (["ab"] * 10, ["ba"] * 10), "seed": (0, 1), "seq_len": (4, 5), "fraction": (0.1, 0.2)}
-    before = identity(*(pair[0] for pair in values.values()))
-    after = identity(*(pair[name == change] for name, pair in values.items()))
-    keys = {"text": "data.fingerprint", "seed": "data.seed", "seq_len": "training.seq_len"}
-    assert [key for key in before if before[key] != after[key]] == [keys.get(change, "data.validation_fraction")]

@@ -201,13 +201,47 @@ def test_kernel_never_writes_into_an_input_or_returns_a_part_of_it(kernel, dtype
 
 def test_kernel_choice_takes_the_fastest_that_fits():
     assert choose_kernel("cpu", torch.float64) is CPU_FLASH
+    assert choose_kernel("cpu", torch.float64, same_dims=False) is REFERENCE
     assert choose_kernel("cuda", torch.bfloat16).name == "cuda flash"
-    assert choose_kernel("cuda", torch.float32) is REFERENCE
+    assert choose_kernel("cuda", torch.bfloat16, same_dims=False).name == "efficient"
+    assert choose_kernel("cuda", torch.float32).name == "efficient"
+    assert choose_kernel("cuda", torch.float64) is REFERENCE
 
 
-def test_kernel_choice_refuses_by_name_and_says_what_there_is():
-    with pytest.raises(NotImplementedError, match=r"torch\.int64 on cpu\. There are cpu flash: cpu in .*; cuda flash: cuda in"):
-        choose_kernel("cpu", torch.int64)
+def test_kernel_choice_takes_the_one_that_is_named():
+    for kernel in KERNELS:
+        assert choose_kernel(min(kernel.devices), torch.bfloat16, name=kernel.name) is kernel
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "options", "message"),
+    [
+        ("cpu", torch.int64, {}, r"no attention kernel for torch\.int64 on cpu; what works there: none; cast to"),
+        (
+            "cuda",
+            torch.float32,
+            {"name": "cuda flash"},
+            r'"cuda flash" is not there .* works there: efficient, reference',
+        ),
+        ("cpu", torch.float32, {"name": "cpu flash", "same_dims": False}, r"another width than keys; .*: reference$"),
+    ],
+)
+def test_kernel_choice_refuses_by_name_and_says_what_works(device, dtype, options, message):
+    with pytest.raises(NotImplementedError, match=message):
+        choose_kernel(device, dtype, **options)
+
+
+@pytest.mark.parametrize("kernel", [k for k in KERNELS if "cuda" in k.devices], ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_kernel_of_cuda_is_called_as_its_operator_wants_it(kernel, kv_heads):
+    """Shapes and dtypes only: tensors without data run an operator's signature and shape rules without a device."""
+    q = torch.empty(2, 4, 40, 16, device="meta", dtype=torch.bfloat16)
+    k, v = (torch.empty(2, kv_heads, 24, 16, device="meta", dtype=torch.bfloat16) for _ in range(2))
+    out, lse = kernel.forward(q, k, v, False, 0.5)
+    grads = kernel.backward(q, q, k, v, out, lse.contiguous(), False, 0.5)
+    assert (out.shape, out.dtype) == (q.shape, q.dtype)
+    assert (lse.shape, lse.dtype) == (q.shape[:3], torch.float32)
+    assert [(x.shape, x.dtype) for x in grads] == [(x.shape, x.dtype) for x in (q, k, v)]
 
 
 class LargestTensor(TorchDispatchMode):

@@ -17,6 +17,7 @@ from cptrain.context_parallel import dispatch
 from cptrain.context_parallel.attention import Route
 from cptrain.context_parallel.attention import attention as attention_operator
 from cptrain.context_parallel.groups import Groups, make_groups
+from cptrain.context_parallel.kernels import KERNELS
 from cptrain.context_parallel.layout import LAYOUTS, Layout, length_multiple, make_layout, nearest_multiples
 from cptrain.context_parallel.ulysses import heads_to_sequence, replicate_kv_heads, sequence_to_heads
 from cptrain.distributed.settings import divisors, valid_ulysses_degrees
@@ -37,6 +38,7 @@ class ContextParallel:
     gathers keys over the ring axis instead of passing them on.
     layout: "zigzag" (even work under a causal mask) or "contiguous", over the ring axis.
     ring_inner_degree: ranks of an inner ring (double ring), a divisor of the ring degree; 1 is a single ring.
+    kernel: name of an attention kernel (see `kernels.KERNELS`), or "auto" for the fastest that fits the tensors.
     overlap: messages travel while blocks are computed; False waits for each, to measure what overlapping is worth.
     Raises ValueError for an axis the mesh does not have and for what the degrees contradict.
     """
@@ -48,6 +50,7 @@ class ContextParallel:
     layout: Literal["zigzag", "contiguous"] = "zigzag"
     ring_inner_degree: int = 1
     overlap: bool = True
+    kernel: str = "auto"
     ring_degree: int = field(init=False)
     ulysses_degree: int = field(init=False)
     _axes: tuple[str, ...] = field(init=False, repr=False)
@@ -77,7 +80,7 @@ class ContextParallel:
         self._set("_heads_group", heads_group)
         carried_by = "all_gather" if self.method == "all_gather" else "ring"
         self._set("_family", {})
-        self._set("_route", Route(carried_by, ring, self.layout, self.overlap, groups).encode())
+        self._set("_route", Route(carried_by, ring, self.layout, self.overlap, self.kernel, groups).encode())
 
     @property
     def degree(self) -> int:
@@ -164,6 +167,7 @@ class ContextParallel:
                 layout=self.layout,
                 ring_inner_degree=ring_inner_degree,
                 overlap=self.overlap,
+                kernel=self.kernel,
             )
             plan._set("_family", self._family)
             self._family[key] = plan
@@ -223,6 +227,9 @@ class ContextParallel:
             )
         if self.layout not in LAYOUTS:
             raise ValueError(f'layout = "{self.layout}": must be one of {", ".join(LAYOUTS)}')
+        names = ["auto", *(kernel.name for kernel in KERNELS)]
+        if self.kernel not in names:
+            raise ValueError(f'kernel = "{self.kernel}": must be one of {", ".join(names)}')
         possible = {
             "auto": True,
             "ring": ulysses == 1,

@@ -28,25 +28,28 @@ from cptrain.context_parallel.schedule import Block
 class Route:
     """How keys are carried: everything about an attention call but its tensors, as one string for the operator.
 
-    method: "ring" or "all_gather". num_ranks: that share the sequence. layout: its name.
+    method: "ring" or "all_gather". num_ranks: that share the sequence. layout: its name. kernel: its name, or "auto".
     """
 
     method: str
     num_ranks: int
     layout: str
     overlap: bool
+    kernel: str
     groups: Groups
 
     def encode(self) -> str:
         """The route as a string; `decode` gives it back."""
-        return ";".join((self.method, str(self.num_ranks), self.layout, str(int(self.overlap)), *self.groups))
+        return ";".join(
+            (self.method, str(self.num_ranks), self.layout, str(int(self.overlap)), self.kernel, *self.groups)
+        )
 
     @staticmethod
     @lru_cache(maxsize=64)
     def decode(text: str) -> Route:
         """The route that `encode` gave this string for."""
-        method, num_ranks, layout, overlap, *groups = text.split(";")
-        return Route(method, int(num_ranks), layout, overlap == "1", Groups(*groups))
+        method, num_ranks, layout, overlap, kernel, *groups = text.split(";")
+        return Route(method, int(num_ranks), layout, overlap == "1", kernel, Groups(*groups))
 
     def carrier(self, length: int, mask: Mask) -> Carrier:
         """What carries the keys of a sequence of `length` tokens under this mask."""
@@ -110,7 +113,7 @@ def attention(
     """
     plan = Route.decode(route)
     carrier = plan.carrier(plan.num_ranks * k.size(2), Mask(causal, window))
-    kernel = _kernel(q, k, v)
+    kernel = _kernel(plan, q, k, v)
     group = q.size(1) // k.size(1)
     results: dict[int, _Rows] = {}
 
@@ -142,8 +145,8 @@ def _rows(block: Block, causal: bool) -> slice:
     return slice(block.q_start, block.q_stop) if causal else slice(None)
 
 
-def _kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Kernel:
-    return choose_kernel(q.device.type, q.dtype, same_dims=k.size(-1) == v.size(-1))
+def _kernel(plan: Route, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Kernel:
+    return choose_kernel(q.device.type, q.dtype, same_dims=k.size(-1) == v.size(-1), name=plan.kernel)
 
 
 def _stored_by_token(x: torch.Tensor) -> torch.Tensor:
@@ -177,7 +180,7 @@ def attention_backward(
     """dq, dk, dv of `attention`, shaped and typed as q, k, v."""
     plan = Route.decode(route)
     carrier = plan.carrier(plan.num_ranks * k.size(2), Mask(causal, window))
-    kernel = _kernel(q, k, v)
+    kernel = _kernel(plan, q, k, v)
     group = q.size(1) // k.size(1)
     dqs: dict[int, torch.Tensor] = {}
 

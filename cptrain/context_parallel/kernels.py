@@ -17,91 +17,124 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 from cptrain.context_parallel.schedule import Shape
 
 aten = torch.ops.aten
 
-ROWS_PER_TILE = (
-    1024  # query rows the reference kernel scores at once: it never holds more than this many rows of scores
-)
+# Query rows the reference kernel scores at once: it never holds more than this many rows of scores.
+ROWS_PER_TILE = 1024
+
+Forward = Callable[[Tensor, Tensor, Tensor, bool, float], tuple[Tensor, Tensor]]
+Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool, float], tuple[Tensor, Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One backend. Shapes: q, out, dout, dq [B, H, T, D]; k, v, dk, dv [B, Hk, Tk, D]; lse [B, H, T].
+    """One backend and what it can do. Shapes: q, out, dout [B, H, T, D]; k, v [B, Hk, Tk, D]; lse [B, H, T].
 
     forward(q, k, v, causal, scale) -> out (dtype of q), lse (fp32; fp64 for fp64). H may be a multiple of Hk.
     backward(dout, q, k, v, out, lse, causal, scale) -> dq, dk, dv in the dtype of q.
+    A causal block is square. Sliding windows need nothing of a kernel: schedules cut them into full and causal blocks.
     """
 
     name: str
-    dtypes: frozenset[torch.dtype]
     devices: frozenset[str]
-    differing_dims: bool  # whether values may be wider or narrower than keys
-    forward: Callable[..., tuple[torch.Tensor, torch.Tensor]]
-    backward: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    dtypes: frozenset[torch.dtype]
+    forward: Forward
+    backward: Backward
+    groups_heads: bool = True  # kv heads stay as few as they are; otherwise they are repeated for the call
+    differing_dims: bool = False  # values may be wider or narrower than keys
+    by_itself: bool = True  # chosen by "auto"; otherwise only by name
 
 
-def _unit_stride(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _unit_stride(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors with a last dim of stride 1, which flash kernels assume unseen: F.sdpa checks it, they do not."""
     return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
 
 
-def _cpu_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     q, k, v = _unit_stride(q, k, v)
     return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
 
 
 def _cpu_backward(
-    dout: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    causal: bool,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, out = _unit_stride(q, k, v, out)
     return aten._scaled_dot_product_flash_attention_for_cpu_backward(dout, q, k, v, out, lse, 0.0, causal, scale=scale)
 
 
-def _cuda_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+# The CUDA backends' backward asks for the state of a dropout generator, which nothing reads at dropout 0, and for
+# offsets of packed sequences, which None leaves out.
+
+
+def _cuda_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     q, k, v = _unit_stride(q, k, v)
     out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
     return out, lse
 
 
 def _cuda_backward(
-    dout: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    causal: bool,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, out = _unit_stride(q, k, v, out)
-    # The seed and offset of the dropout generator are asked for even when nothing is dropped.
     unused = torch.empty((), dtype=torch.uint64, device=q.device)
     return aten._scaled_dot_product_flash_attention_backward(
         dout, q, k, v, out, lse.contiguous(), None, None, q.size(2), k.size(2), 0.0, causal, unused, unused, scale=scale
     )
 
 
-def _expand(x: torch.Tensor, num_heads: int) -> torch.Tensor:
+def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    q, k, v = _unit_stride(q, k, v)
+    out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)
+    return out, lse.view(q.shape[:3])
+
+
+def _cudnn_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, out = _unit_stride(q, k, v, out)
+    unused = torch.empty((), dtype=torch.int64, device=q.device)
+    lse = lse.contiguous().unsqueeze(-1)
+    lengths = (None, None, q.size(2), k.size(2))
+    return aten._scaled_dot_product_cudnn_attention_backward(
+        dout, q, k, v, out, lse, unused, unused, None, *lengths, 0.0, causal, scale=scale
+    )
+
+
+def _efficient_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    k, v = _expand(k, q.size(1)), _expand(v, q.size(1))
+    q, k, v = _unit_stride(q, k, v)
+    out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal, scale=scale)
+    return out, lse[:, :, : q.size(2)]
+
+
+def _efficient_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    keys, values = _expand(k, q.size(1)), _expand(v, q.size(1))
+    q, keys, values, out = _unit_stride(q, keys, values, out)
+    unused = torch.empty((), dtype=torch.int64, device=q.device)
+    # This backend reads lse in whole tiles of 32 rows; +inf gives the rows behind the last one no probability.
+    padded = torch.nn.functional.pad(lse, (0, -lse.size(2) % 32), value=math.inf)
+    dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
+        dout, q, keys, values, None, out, padded, unused, unused, 0.0, [True, True, True, False], causal, scale=scale
+    )
+    return dq, _reduce(dk, k.size(1)), _reduce(dv, k.size(1))
+
+
+def _expand(x: Tensor, num_heads: int) -> Tensor:
     return x.repeat_interleave(num_heads // x.size(1), dim=1) if x.size(1) != num_heads else x
 
 
-def _reference_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _reduce(x: Tensor, num_kv_heads: int) -> Tensor:
+    """The gradient of `_expand`: repeats are summed."""
+    return x if x.size(1) == num_kv_heads else x.unflatten(1, (num_kv_heads, -1)).sum(2)
+
+
+def _reference_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     k, v = _expand(k, q.size(1)).to(wide), _expand(v, q.size(1)).to(wide)
     outs, lses = [], []
@@ -113,7 +146,7 @@ def _reference_forward(
     return torch.cat(outs, 2).to(q.dtype), torch.cat(lses, 2)
 
 
-def _scores(q: torch.Tensor, k: torch.Tensor, start: int, causal: bool, scale: float) -> torch.Tensor:
+def _scores(q: Tensor, k: Tensor, start: int, causal: bool, scale: float) -> Tensor:
     """Scaled scores of query rows that begin at `start` of the block, -inf where the causal mask hides the key."""
     scores = (q @ k.mT) * scale
     if causal:
@@ -123,15 +156,8 @@ def _scores(q: torch.Tensor, k: torch.Tensor, start: int, causal: bool, scale: f
 
 
 def _reference_backward(
-    dout: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    causal: bool,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     keys, values = _expand(k, q.size(1)).to(wide), _expand(v, q.size(1)).to(wide)
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(keys), torch.zeros_like(values)
@@ -144,57 +170,59 @@ def _reference_backward(
         dq[:, :, rows] = (ds @ keys).to(q.dtype)
         dk += ds.mT @ queries
         dv += p.mT @ dtile
-    groups = (k.size(1), q.size(1) // k.size(1))
-    dk, dv = dk.unflatten(1, groups).sum(2), dv.unflatten(1, groups).sum(2)
-    return dq, dk.to(k.dtype), dv.to(v.dtype)
+    return dq, _reduce(dk, k.size(1)).to(k.dtype), _reduce(dv, k.size(1)).to(v.dtype)
 
 
-CPU_FLASH = Kernel(
-    name="cpu flash",
-    dtypes=frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16}),
-    devices=frozenset({"cpu"}),
-    differing_dims=False,
-    forward=_cpu_forward,
-    backward=_cpu_backward,
-)
-CUDA_FLASH = Kernel(
-    name="cuda flash",
-    dtypes=frozenset({torch.bfloat16, torch.float16}),
-    devices=frozenset({"cuda"}),
-    differing_dims=False,
-    forward=_cuda_forward,
-    backward=_cuda_backward,
+_HALF = frozenset({torch.bfloat16, torch.float16})
+_ANY = frozenset({torch.float64, torch.float32, *_HALF})
+CPU_FLASH = Kernel("cpu flash", frozenset({"cpu"}), _ANY, _cpu_forward, _cpu_backward)
+# Also FlashAttention 3 or 4, once torch.nn.attention.activate_flash_attention_impl has put it behind the same operator.
+CUDA_FLASH = Kernel("cuda flash", frozenset({"cuda"}), _HALF, _cuda_forward, _cuda_backward)
+CUDNN = Kernel("cudnn", frozenset({"cuda"}), _HALF, _cudnn_forward, _cudnn_backward, by_itself=False)
+EFFICIENT = Kernel(
+    "efficient",
+    frozenset({"cuda"}),
+    frozenset({torch.float32, *_HALF}),
+    _efficient_forward,
+    _efficient_backward,
+    groups_heads=False,
+    differing_dims=True,
 )
 REFERENCE = Kernel(
-    name="reference (plain torch)",
-    dtypes=frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16}),
-    devices=frozenset({"cpu", "cuda", "meta"}),
+    "reference",  # plain torch, on any device; several times slower than a flash kernel
+    frozenset({"cpu", "cuda", "meta"}),
+    _ANY,
+    _reference_forward,
+    _reference_backward,
+    groups_heads=False,
     differing_dims=True,
-    forward=_reference_forward,
-    backward=_reference_backward,
 )
-KERNELS = (CPU_FLASH, CUDA_FLASH, REFERENCE)  # the first that fits is taken
+KERNELS = (CPU_FLASH, CUDA_FLASH, CUDNN, EFFICIENT, REFERENCE)  # the first that fits is taken
 
 
 @lru_cache(maxsize=64)
-def choose_kernel(device_type: str, dtype: torch.dtype, *, same_dims: bool = True) -> Kernel:
-    """The fastest kernel for this device and dtype, and for values as wide as keys or not.
+def choose_kernel(device_type: str, dtype: torch.dtype, *, same_dims: bool = True, name: str = "auto") -> Kernel:
+    """The kernel of this name, or by "auto" the fastest, for a device, a dtype, and values as wide as keys or not.
 
     Raises NotImplementedError that names what would work.
     """
-    for kernel in KERNELS:
-        if device_type in kernel.devices and dtype in kernel.dtypes and (same_dims or kernel.differing_dims):
+    fitting = [
+        kernel
+        for kernel in KERNELS
+        if device_type in kernel.devices and dtype in kernel.dtypes and (same_dims or kernel.differing_dims)
+    ]
+    for kernel in fitting:
+        if kernel.name == name or (name == "auto" and kernel.by_itself):
             return kernel
-    offered = "; ".join(
-        f"{k.name}: {', '.join(sorted(k.devices))} in {', '.join(sorted(str(d)[6:] for d in k.dtypes))}"
-        for k in KERNELS
+    what = f"{dtype} on {device_type}{'' if same_dims else ' with values of another width than keys'}"
+    wanted = "no attention kernel" if name == "auto" else f'the attention kernel "{name}" is not there'
+    offered = (
+        ", ".join(kernel.name for kernel in fitting) or "none; cast to bfloat16 or float32, or move to cpu or cuda"
     )
-    raise NotImplementedError(f"no attention kernel for {dtype} on {device_type}. There are {offered}")
+    raise NotImplementedError(f"{wanted} for {what}; what works there: {offered}")
 
 
-def forward_block(
-    kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: Shape, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def forward_block(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, shape: Shape, scale: float) -> tuple[Tensor, Tensor]:
     """out and lse of one block; an upper triangle is a lower one with queries and keys reversed."""
     if shape is not Shape.UPPER:
         return kernel.forward(q, k, v, shape is Shape.LOWER, scale)
@@ -204,24 +232,24 @@ def forward_block(
 
 def backward_block(
     kernel: Kernel,
-    dout: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
     shape: Shape,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv of one block from the final out and lse of its rows."""
     if shape is not Shape.UPPER:
         return kernel.backward(dout, q, k, v, out, lse, shape is Shape.LOWER, scale)
-    flipped = (x.flip(2) for x in (dout, q, k, v, out, lse))
-    dq, dk, dv = kernel.backward(*flipped, True, scale)
+    dout, q, k, v, out, lse = (x.flip(2) for x in (dout, q, k, v, out, lse))
+    dq, dk, dv = kernel.backward(dout, q, k, v, out, lse, True, scale)
     return dq.flip(2), dk.flip(2), dv.flip(2)
 
 
-def merge(out: torch.Tensor, lse: torch.Tensor, block_out: torch.Tensor, block_lse: torch.Tensor) -> None:
+def merge(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
     """Fold one block's attention into the running result, in place.
 
     Shapes: out, block_out [B, H, T, D]; lse, block_lse [B, H, T]. Accumulators are fp32 (fp64 in, fp64 kept).

@@ -39,6 +39,9 @@ class ParallelismConfig:
     context_parallel_order: Order = setting(
         "head_first", "which ranks are neighbours: head_first puts ulysses inside the ring, context_first the ring"
     )
+    attention_kernel: Literal["auto", "cpu flash", "cuda flash", "cudnn", "efficient", "reference"] = setting(
+        "auto", "what computes one block of context-parallel attention; auto = the fastest for device and dtype"
+    )
     context_parallel_overlap: bool = setting(True, "compute while keys travel; false measures what that is worth")
     tensor_parallel_degree: int = setting(1, "ranks that share each weight matrix (Megatron TP + sequence parallel)")
     fsdp_reshard_after_forward: bool = setting(

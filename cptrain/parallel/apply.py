@@ -66,6 +66,7 @@ def parallelise(
         layout=parallelism.context_parallel_layout,
         ring_inner_degree=parallelism.ring_inner_degree,
         overlap=parallelism.context_parallel_overlap,
+        kernel=parallelism.attention_kernel,
     )
     context_modules = apply_context_parallel(model, context)
     apply_activation_checkpoint(model, activation_checkpoint.mode)

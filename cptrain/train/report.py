@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cptrain.distributed.settings import Degrees
+from cptrain.distributed.settings import Degrees, choose_degrees
 from cptrain.models.shape import ModelShape, num_parameters
 from cptrain.train.settings import TrainSettings
 
@@ -26,14 +26,14 @@ def describe(
         "job": f"{settings.job.name}, writes to {settings.job.folder}",
         "mesh": f"dp_replicate {degrees.dp_replicate} x dp_shard {degrees.dp_shard} x ring {degrees.ring} x ulysses "
         f"{degrees.ulysses} x tp {degrees.tp} = {degrees.world} {'rank' if degrees.world == 1 else 'ranks'}",
-        "context parallel": _context(settings, degrees),
+        "context parallel": _context(settings, degrees, shape),
         "sequence": f"{length:,} tokens, {local:,} per rank",
         "batch": f"{global_batch} {'sequence' if global_batch == 1 else 'sequences'} = {global_batch * length:,} "
         f"tokens per step: {accumulation} micro-batch{'' if accumulation == 1 else 'es'} of "
         f"{training.local_batch_size} on {degrees.data} data-parallel {'rank' if degrees.data == 1 else 'ranks'}",
         "model": f"{settings.model.flavor}: {parameters:,} parameters, {shape.num_layers} layers, dim {shape.dim}, "
         f"{shape.num_heads} heads, {shape.num_kv_heads} kv heads of {shape.head_dim}, ffn {shape.ffn_dim}, vocabulary "
-        f"{shape.vocab_size}, {shape.attention_mask} attention",
+        f"{shape.vocab_size}, {_mask(shape)}",
         "per rank": f"about {parameters // (degrees.fsdp * degrees.tp):,} parameters; tokens "
         f"[{training.local_batch_size}, {local}], attention sees q {q}, k and v {kv} at a time",
         "recompute": f"activation checkpointing {settings.activation_checkpoint.mode}, compile "
@@ -46,14 +46,41 @@ def describe(
     return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())
 
 
-def _context(settings: TrainSettings, degrees: Degrees) -> str:
+def _mask(shape: ModelShape) -> str:
+    if not any(shape.windows()):
+        return f"{shape.attention_mask} attention"
+    windowed = sum(window > 0 for window in shape.windows())
+    return f"causal attention, {windowed} layers with a sliding window of {shape.window_size}"
+
+
+def _context(settings: TrainSettings, degrees: Degrees, shape: ModelShape) -> str:
     if degrees.context == 1:
         return "off (each rank holds whole sequences)"
-    layout = settings.parallelism.context_parallel_layout
+    config, inner = settings.parallelism, settings.parallelism.ring_inner_degree
     hops = degrees.ring - 1
-    ring = f"ring of {degrees.ring}, {layout}, {hops} {'hop' if hops == 1 else 'hops'} each way"
+    ring = f"ring of {degrees.ring}, {config.context_parallel_layout}, {hops} {'hop' if hops == 1 else 'hops'} each way"
+    if config.context_parallel_method == "all_gather":
+        ring = f"all-gather over {degrees.ring}, {config.context_parallel_layout}"
+    elif inner > 1:
+        ring += f", inner rings of {inner}"
     ulysses = f"ulysses over {degrees.ulysses}"
     chosen = [ring] * (degrees.ring > 1) + [ulysses] * (degrees.ulysses > 1)
     name = "hybrid: " if len(chosen) == 2 else ""
-    asked = settings.parallelism.context_parallel_method
-    return f"{name}{' x '.join(chosen)}{' (chosen by auto)' if asked == 'auto' else ''}"
+    overlap = "" if config.context_parallel_overlap else ", no overlap"
+    return f"{name}{' x '.join(chosen)}{overlap}{_reason(settings, degrees, shape)}"
+
+
+def _reason(settings: TrainSettings, degrees: Degrees, shape: ModelShape) -> str:
+    """Why "auto" chose what it chose; nothing where the degrees were given."""
+    config = settings.parallelism
+    left_to_auto = config.context_parallel_method == config.ring_degree == config.ulysses_degree == "auto"
+    if not left_to_auto:
+        return ""
+    choice = choose_degrees(
+        degrees.context,
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        tp=degrees.tp,
+        windowed=any(shape.windows()),
+    )
+    return f" (auto: {choice.reason})"

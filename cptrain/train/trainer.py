@@ -17,6 +17,7 @@ from cptrain.checkpoint import rng
 from cptrain.checkpoint.checkpointer import Checkpointer
 from cptrain.checkpoint.state import training_state
 from cptrain.config.document import dump
+from cptrain.context_parallel.kernels import choose_kernel
 from cptrain.data.corpus import open_corpus
 from cptrain.data.loader import TrainBatches, validation_batches
 from cptrain.data.prepare import prepare_corpus
@@ -70,14 +71,14 @@ class Trainer:
         degrees = self.stage.degrees(self.world_size, self.shape)
         self.meshes = build_meshes(degrees, device, order=settings.parallelism.context_parallel_order)
         self.training_split, self.held_out_split = self._open_data()
-        precision = resolve_precision(settings.training, device)
+        self.precision = resolve_precision(settings.training, device)
         self.parallel = parallelise(
             self.shape,
             self.meshes,
             parallelism=self.stage.parallelism,
             activation_checkpoint=settings.activation_checkpoint,
             compile=settings.compile,
-            precision=precision,
+            precision=self.precision,
             seed=settings.debug.seed,
         )
         self.model = self.parallel.model
@@ -99,7 +100,7 @@ class Trainer:
             rank=self.rank,
             num_devices=self.world_size,
             device=device,
-            compute_dtype=precision.param,
+            compute_dtype=self.precision.param,
             total_steps=settings.training.steps,
             resumed_step=self.step,
             toml=self.toml,
@@ -338,6 +339,11 @@ class Trainer:
             self.stage, self.meshes.degrees, self.shape, context_modules=self.parallel.context_modules
         ).splitlines():
             logger.info(line)
+        if self.parallel.context_modules:
+            kernel = choose_kernel(
+                self.device.type, self.precision.param, name=self.settings.parallelism.attention_kernel
+            )
+            logger.info(f"attention kernel  {kernel.name}, {self.precision.param}")
 
 
 def resolve_precision(training: TrainingConfig, device: torch.device) -> Precision:
