@@ -1,0 +1,96 @@
+"""Every command of the README runs, as written but for a smaller size where the real one would take minutes."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from small import small_model
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [
+    line
+    for block in re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+    for line in block.strip().splitlines()
+    if line and not line.startswith("#")
+]
+TINY = (
+    "--training.steps 2 --training.seq_len 256 --model.num_layers 1 --model.dim 64 --validation.steps 1 "
+    "--job.dump_folder {outputs}"
+)
+# beginning of a command -> what is put behind it, so that it ends in seconds
+SMALLER = {
+    "bash launch/quickstart.sh": TINY,
+    "bash tools/test.sh": "--version",  # sets up, lints, checks types, and asks pytest for its version
+    "pip install": "--dry-run --quiet",
+    "torchrun --nproc-per-node 2 -m cptrain.train": TINY,
+    "torchrun --nproc-per-node 2 -m cptrain.check": "",
+    "tensorboard --logdir outputs": "--inspect",
+    "python -m cptrain.train": "",
+    "python tools/bench_step.py": "--tokens 128 --layers 1 --dim 32 --heads 4 --rounds 1 --steps 1",
+    "python tools/bench_attention.py": "--lengths 256 --rounds 1",
+    "python tools/plant_faults.py": "--list",
+}
+
+
+LIBRARY = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def run_library_example(rank: int, world: int, code: str) -> tuple[float, dict[str, list[float]]]:
+    """The README's lines with a model and tokens given, as a user has them: the loss of all ranks, and gradients."""
+    model = small_model()
+    names: dict[str, Any] = {"model": model, "tokens": torch.arange(2 * 32).view(2, 32) % 20}
+    exec(code, names)
+    total = names["loss"].detach().clone()
+    dist.all_reduce(total)
+    return total.item(), {name: p.grad.flatten().tolist() for name, p in model.named_parameters()}
+
+
+def test_readme_lines_put_context_parallel_into_a_loop(pool):
+    (code,) = LIBRARY
+    assert len([line for line in code.splitlines() if line and "import" not in line]) <= 13
+    one, two = pool.run(1, run_library_example, code)[0], pool.run(2, run_library_example, code)[1]
+    assert two[0] == pytest.approx(one[0], abs=1e-10)
+    for name, grad in one[1].items():
+        assert two[1][name] == pytest.approx(grad, abs=1e-10), name
+
+
+def rule_of(command: str) -> str:
+    matching = [beginning for beginning in SMALLER if command.startswith(beginning)]
+    assert matching, f"no rule says how to run: {command}"
+    return max(matching, key=len)
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("readme") / "outputs"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_readme_command_runs(command, outputs):
+    extra = SMALLER[rule_of(command)].format(outputs=outputs)
+    words = shlex.split(f"{command} {extra}")
+    if words[0] == "tensorboard":
+        outputs.mkdir(exist_ok=True)
+        words[words.index("outputs")] = str(outputs)
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+
+
+def test_readme_names_the_presets_there_are():
+    listed = set(re.findall(r"^\| `(\w+)` \|", README, flags=re.MULTILINE))
+    assert {path.stem for path in (ROOT / "configs").glob("*.toml")} <= listed
