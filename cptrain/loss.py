@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 IGNORED = -100
 CHUNK_ELEMENTS = 2**22  # logits at a time: 16 MiB in fp32 stays in a CPU's cache
@@ -27,17 +27,25 @@ def cross_entropy_sum(hidden: Tensor, output: nn.Linear, labels: Tensor) -> Tens
 
     Shapes: hidden [B, T, E], labels [B, T] already shifted. Under tensor parallel hidden is a DTensor cut along T and
     output.weight one cut along the vocabulary; the sum is then the same on every rank of the axis.
+    Raises NotImplementedError for an output with a bias, ValueError for a weight or hidden that is cut another way.
     """
+    if output.bias is not None:
+        raise NotImplementedError("output.bias is not added to the logits here; build the output with bias=False")
     weight, group, first = output.weight, None, 0
     if isinstance(weight, DTensor):
         mesh = weight.device_mesh
-        assert isinstance(hidden, DTensor)
+        if weight.placements != (Shard(0),):
+            raise ValueError(f"output.weight is {weight.placements}; it must be Shard(0) on one axis of the mesh")
+        if not isinstance(hidden, DTensor):
+            raise ValueError("output.weight is a DTensor and hidden is not; place hidden on the same mesh")
         group = mesh.get_group()
         first = mesh.get_local_rank() * -(-weight.size(0) // mesh.size())
         # Each rank's slice of the vocabulary gives a part of the gradient of all tokens.
         hidden = hidden.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
         weight = weight.to_local()
-    return _CrossEntropySum.apply(hidden.flatten(0, 1), weight, labels.flatten(), first, group)
+    # Asked here, since inside of the function gradients are never enabled.
+    needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    return _CrossEntropySum.apply(hidden.flatten(0, 1), weight, labels.flatten(), first, group, needs_grad)
 
 
 class _CrossEntropySum(torch.autograd.Function):
@@ -45,10 +53,15 @@ class _CrossEntropySum(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, first: int, group: dist.ProcessGroup | None
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        first: int,
+        group: dist.ProcessGroup | None,
+        needs_grad: bool,
     ) -> Tensor:
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         total = torch.zeros((), dtype=wide, device=hidden.device)
         dhidden = torch.empty_like(hidden) if needs_grad else None
         # Summed over chunks in fp32 whatever the weight's dtype; rounded once, at the end.
@@ -85,6 +98,6 @@ class _CrossEntropySum(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         dhidden, dweight = ctx.saved_tensors
-        return dhidden * dtotal.to(dhidden.dtype), (dweight * dtotal).to(ctx.dtype), None, None, None
+        return dhidden * dtotal.to(dhidden.dtype), (dweight * dtotal).to(ctx.dtype), None, None, None, None

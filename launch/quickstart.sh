@@ -24,7 +24,7 @@ cat <<END
 Done; everything is in $root/outputs/debug. From $root:
 
   Go on for more steps, from the last checkpoint:
-    $train --config debug --training.steps 400
+    $train --config debug --training.steps 360
   Look at the curves:
     .venv/bin/tensorboard --logdir outputs
   See what else is there, and every key with its meaning:

@@ -2,8 +2,9 @@
 
 [Note: what counts as read]
 A key counts when code reads the attribute of that name from something known to be its section: a parameter or field
-annotated with the section's class, a section of an annotated `TrainSettings`, or a variable or attribute of `self` that
-one of these was assigned to. `settings.debug.seed` is no read of `data.seed`. Code in a settings.py counts only as far
+annotated with the section's class, a section of one (or an item of an array of them), what a method of one returns by
+its annotation, or a variable or attribute of `self` that any of these was assigned to. `settings.debug.seed` is no read
+of `data.seed`. Code in a settings.py counts only as far
 as other code calls it, by name, directly or through each other; `problems` never does: checking a value is not using
 it. Nor does train/report.py: showing a value is not using it either. `getattr(section, key)` with a key that is no
 literal reads every string in its function and in the constants of its module that the function names.
@@ -18,7 +19,9 @@ from pathlib import Path
 ROOT_SECTION = "TrainSettings"
 SHOWS_ONLY = "train/report.py"
 
-Sections = dict[str, dict[str, str]]  # class -> key -> class of that inner section, "" for a leaf
+# class -> key -> class of that inner section, "Class[]" for an array of them, "" for a leaf; and class -> "method()" ->
+# class of the section that it returns
+Sections = dict[str, dict[str, str]]
 
 
 @dataclass
@@ -33,7 +36,12 @@ def leaves(sections: Sections, section: str = ROOT_SECTION, prefix: str = "") ->
     """(section class, key) of every leaf below the root, by its path as users write it."""
     found = {}
     for key, inner in sections[section].items():
-        found |= leaves(sections, inner, f"{prefix}{key}.") if inner else {f"{prefix}{key}": (section, key)}
+        if inner.endswith("[]"):
+            found |= leaves(sections, inner.removesuffix("[]"), f"{prefix}{key}[].")
+        if inner in sections and not key.endswith("()"):
+            found |= leaves(sections, inner, f"{prefix}{key}.")
+        elif not key.endswith("()"):
+            found[f"{prefix}{key}"] = section, key
     return found
 
 
@@ -46,14 +54,19 @@ def find_sections(trees: dict[str, ast.Module]) -> Sections:
         for node in tree.body
         if isinstance(node, ast.ClassDef)
     }
-    return {
-        name: {
-            item.target.id: annotation if (annotation := ast.unparse(item.annotation)) in classes else ""
-            for item in node.body
-            if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
-        }
-        for name, node in classes.items()
-    }
+    sections: Sections = {}
+    for name, node in classes.items():
+        fields = sections[name] = {}
+        for item in node.body:
+            if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
+                annotation = ast.unparse(item.annotation)
+                array = annotation.removeprefix("tuple[").removesuffix(", ...]")
+                fields[item.target.id] = annotation if annotation in classes else ""
+                if array != annotation and array in classes:
+                    fields[item.target.id] = f"{array}[]"
+            elif isinstance(item, ast.FunctionDef) and item.returns and ast.unparse(item.returns) in classes:
+                fields[f"{item.name}()"] = ast.unparse(item.returns)
+    return sections
 
 
 def unread(package: Path) -> list[str]:
@@ -111,22 +124,28 @@ def _attributes(cls: ast.ClassDef, sections: Sections) -> dict[str, str]:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             found[node.target.id] = ast.unparse(node.annotation)
     for method in cls.body:
-        known = _variables(method, "", sections, found)
+        known = _variables(method, "", sections, {k: v for k, v in found.items() if v in sections})
         for node in ast.walk(method):
             for target, value in _assigned(node):
-                if isinstance(target, ast.Attribute) and ast.unparse(target.value) == "self":
-                    found.setdefault(target.attr, _type(value, known, sections, found))
+                section = _type(value, known, sections, found)
+                if section and isinstance(target, ast.Attribute) and ast.unparse(target.value) == "self":
+                    found.setdefault(target.attr, section)
     return {name: section for name, section in found.items() if section in sections}
 
 
 def _assigned(node: ast.AST) -> list[tuple[ast.expr, ast.expr]]:
-    """(target, value) pairs of an assignment; tuples are taken apart."""
+    """(target, value) pairs of an assignment or a loop; tuples are taken apart. A loop's value is an item of it."""
+    if isinstance(node, ast.For | ast.comprehension):
+        target, values = node.target, node.iter
+        if isinstance(values, ast.Call) and ast.unparse(values.func) == "enumerate" and isinstance(target, ast.Tuple):
+            target, values = target.elts[1], values.args[0]
+        return [(target, ast.Subscript(values, ast.Constant(0), ast.Load()))]
     if not isinstance(node, ast.Assign):
         return []
-    pairs = []
+    pairs: list[tuple[ast.expr, ast.expr]] = []
     for target in node.targets:
         if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
-            pairs += list(zip(target.elts, node.value.elts, strict=True))
+            pairs += zip(target.elts, node.value.elts, strict=True)
         else:
             pairs.append((target, node.value))
     return pairs
@@ -148,9 +167,15 @@ def _variables(node: ast.AST, owner: str, sections: Sections, attributes: dict[s
 
 
 def _type(value: ast.expr, known: dict[str, str], sections: Sections, attributes: dict[str, str]) -> str:
-    """The section class of an expression, "" for anything else."""
+    """The section class of an expression, "Class[]" for an array of them, "" for anything else."""
     if isinstance(value, ast.Name):
         return known.get(value.id, "")
+    if isinstance(value, ast.Subscript):
+        array = _type(value.value, known, sections, attributes)
+        return array.removesuffix("[]") if array.endswith("[]") else ""
+    if isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute):
+        section = _type(value.func.value, known, sections, attributes)
+        return sections.get(section, {}).get(f"{value.func.attr}()", "")
     if isinstance(value, ast.Attribute):
         if isinstance(value.value, ast.Name) and value.value.id == "self" and value.attr in attributes:
             return attributes[value.attr]

@@ -180,7 +180,9 @@ def test_launch_venv_keeps_one_that_the_user_made(checkout: Checkout) -> None:
 def test_launch_venv_says_which_python_it_needs(checkout: Checkout, named: bool) -> None:
     old = checkout.folder / "old"
     for name in ("python", "python3", *(f"python3.{minor}" for minor in range(11, 15))):
-        write_command(old / name, "exit 1")
+        write_command(
+            old / name, f"exec {sys.executable} -c 'import sys; sys.version_info = (3, 10); exec(sys.argv[1])' \"$2\""
+        )
     environment = {"PYTHON": str(old / "python3")} if named else {"PATH": f"{old}:/usr/bin:/bin"}
     result = checkout.set_up("", **environment)
     assert result.returncode == 1
@@ -199,7 +201,8 @@ class Slurm:
         commands = folder / ".venv/bin"
         write_command(
             commands / "scontrol",
-            f'case $1 in show) printf "node%s\\n" 1 2 3 4 ;; *) echo "$@" >> "{folder}/scontrol" ;; esac',
+            'case $1 in show) printf "node%s\\n" 1 2 3 4 ;; '
+            f'*) echo "$* $(cd "{folder}"; ls saved)" >> "{folder}/scontrol" ;; esac',
         )
         write_command(commands / "python", f'echo "$@" >> "{folder}/python"; [[ "$*" != *wrong* ]]')
         write_command(commands / "srun", 'while [[ $1 == -* ]]; do shift; done; exec "$@"')
@@ -262,8 +265,7 @@ def test_launch_slurm_waits_for_the_save_and_requeues_before_the_time_is_up(slur
         time.sleep(0.02)
     job.send_signal(signal.SIGUSR1)
     finish(job)
-    assert (slurm.folder / "saved").exists()
-    assert slurm.calls("scontrol") == "requeue 42\n"
+    assert slurm.calls("scontrol") == "requeue 42 saved\n"
 
 
 def test_launch_slurm_does_not_requeue_a_finished_run(slurm: Slurm) -> None:

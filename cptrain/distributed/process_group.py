@@ -62,12 +62,12 @@ def set_timeouts(seconds: int) -> None:
 
 
 def first_rank_result(work: Callable[[], Result]) -> Result:
-    """What `work` returns on rank 0, on all ranks; its ValueError or RuntimeError is raised on all ranks alike."""
+    """What `work` returns on rank 0, on all ranks; its ValueError, RuntimeError or OSError is raised on all alike."""
     outcome: list[object] = [None, None]
     if dist.get_rank() == 0:
         try:
             outcome = [work(), None]
-        except (ValueError, RuntimeError) as error:
+        except (ValueError, RuntimeError, OSError) as error:
             outcome = [None, error]
     dist.broadcast_object_list(outcome, src=0)
     if isinstance(outcome[1], Exception):

@@ -5,9 +5,48 @@ Groups are passed by name, as torch's functional collectives do, so that a custo
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Literal, NamedTuple
+
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _resolve_process_group
+
+Kind = Literal["send", "all_to_all", "all_gather", "reduce_scatter"]
+
+
+class Message(NamedTuple):
+    """One message that this rank took part in, and the bytes of it that left the rank."""
+
+    kind: Kind
+    num_bytes: int
+
+
+_record: ContextVar[list[Message] | None] = ContextVar("cptrain_messages", default=None)
+
+
+@contextmanager
+def recorded_messages() -> Iterator[list[Message]]:
+    """Fills a list with the messages that this rank sends by this file while the block runs, in order.
+
+    Backward passes inside of the block run in the calling thread: on CUDA they otherwise run in threads that do not see
+    the variable.
+    """
+    messages: list[Message] = []
+    token = _record.set(messages)
+    try:
+        with torch.autograd.set_multithreading_enabled(False):
+            yield messages
+    finally:
+        _record.reset(token)
+
+
+def _note(kind: Kind, num_bytes: int) -> None:
+    messages = _record.get()
+    if messages is not None:
+        messages.append(Message(kind, num_bytes))
 
 
 def resolve(group_name: str) -> dist.ProcessGroup:
@@ -48,6 +87,7 @@ class Messenger:
         operations = []
         # P2P peers are global ranks, also when the group is not the world.
         if send is not None:
+            _note("send", send.nbytes)
             operations.append(dist.P2POp(dist.isend, send, dist.get_global_rank(self._group, to), group=self._group))
         if receive is not None:
             operations.append(
@@ -76,6 +116,7 @@ class Gathering:
 
     def post(self, part: torch.Tensor) -> tuple[torch.Tensor, dist.Work | None]:
         """(parts of all ranks in rank order [N, ...], the work to wait for) of one contiguous part."""
+        _note("all_gather", part.nbytes * (self._group.size() - 1))
         parts = part.new_empty(self._group.size(), *part.shape)
         work = dist.all_gather_into_tensor(parts.flatten(0, 1), part.contiguous(), group=self._group, async_op=True)
         if not self._overlap and work is not None:
@@ -86,12 +127,14 @@ class Gathering:
     def reduce_scatter(self, parts: torch.Tensor) -> torch.Tensor:
         """This rank's slice of `parts` [N, ...], summed over all ranks."""
         own = parts.new_empty(parts.shape[1:])
+        _note("reduce_scatter", parts.nbytes - own.nbytes)
         dist.reduce_scatter_tensor(own, parts.flatten(0, 1), group=self._group)
         return own
 
 
 def all_to_all(group_name: str, send: torch.Tensor) -> torch.Tensor:
     """Slice p of the result is what rank p sent here: slice r of its `send`. Shape [P, ...], contiguous."""
+    _note("all_to_all", send.nbytes - send.nbytes // send.size(0))
     receive = torch.empty_like(send)
     dist.all_to_all_single(receive, send, group=resolve(group_name))
     return receive

@@ -95,9 +95,10 @@ def apply_context_parallel(model: Llama, plan: ContextParallel) -> list[str]:
     for layer, window in enumerate(model.shape.windows()):
         by_window.setdefault(window, []).append(f"layers.{layer}.*attention")
     names: list[str] = []
+    switches_over = _is_context_parallel(model)
     for window, patterns in by_window.items():
         # F.scaled_dot_product_attention cannot express a window, so these layers need a plan on any number of ranks.
-        if plan.degree > 1 or window or _is_context_parallel(model):
+        if plan.degree > 1 or window or switches_over:
             names += plan.apply(model, modules=patterns, window_size=window or None)
     return names
 

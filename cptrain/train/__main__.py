@@ -22,8 +22,10 @@ def main() -> None:
     settings = command.settings
     if command.action == "dry-run" and settings is not None:
         shape = settings.shape(BYTE_VOCABULARY if settings.tokenizer.name == "byte" else 1)
+        stages = [settings.at_stage(index) for index in range(max(1, len(settings.training.stages)))]
+        texts = [describe(stage, stage.degrees(command.world_size, shape), shape) for stage in stages]
         if is_first_on_host():
-            print(describe(settings, settings.degrees(command.world_size, shape), shape))
+            print("\n\n".join(f"stage {n}\n{text}" for n, text in enumerate(texts, 1)) if len(texts) > 1 else texts[0])
     elif command.action == "run" and settings is not None:
         # Torch is imported only now: help and every error above take a fraction of a second.
         from cptrain.train.run import run

@@ -10,7 +10,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class Interruption:
-    """While active, remembers the first of SIGTERM, Ctrl-C and SIGUSR1; a second one ends the process at once."""
+    """While active, remembers the first of SIGTERM, Ctrl-C and SIGUSR1; a second Ctrl-C ends the process at once.
+
+    A second SIGTERM does not: a batch system sends it to every process, and torchrun passes its own on to its ranks.
+    """
 
     def __init__(self) -> None:
         self.requested: str = ""
@@ -25,5 +28,6 @@ class Interruption:
             signal.signal(number, handler)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.requested = signal.Signals(number).name
-        signal.signal(number, self._previous[number])
+        self.requested = self.requested or signal.Signals(number).name
+        if number == signal.SIGINT:
+            signal.signal(number, self._previous[number])

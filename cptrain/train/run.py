@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import sys
 
 import torch.distributed as dist
@@ -27,14 +28,16 @@ def run(settings: TrainSettings) -> None:
             fail(error)
         with trainer:
             stopped_by = trainer.train()
-        if stopped_by:
+        if stopped_by and settings.checkpoint.enable:
             logger.info(f"stopped by {stopped_by} after step {trainer.step}; the same command goes on from there:")
             logger.info(f"  {resume_command()}")
+        elif stopped_by:
+            logger.info(f"stopped by {stopped_by} after step {trainer.step}; nothing is saved: checkpoint.enable = false")
 
 
 def resume_command() -> str:
     """The command that started this run, as far as a rank can know it."""
-    arguments = " ".join(sys.argv[1:])
+    arguments = shlex.join(sys.argv[1:])
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return f"python -m cptrain.train {arguments}"
     return f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']} -m cptrain.train {arguments}"

@@ -115,10 +115,14 @@ class ValidationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DebugConfig:
-    """Reproducibility."""
+    """Reproducibility, and what a run checks about itself."""
 
     seed: int = setting(0, "of the weights and, unless data.seed says otherwise, of the order of the data")
     deterministic: bool = setting(False, "refuse operations whose result may differ from run to run (slower on CUDA)")
+    startup_check: bool = setting(
+        True,
+        "compare context-parallel attention with one rank's before the first step (a second), and stop if it differs",
+    )
 
     def problems(self) -> Iterator[Problem]:
         if not 0 <= self.seed < 2**63:
@@ -148,29 +152,37 @@ class TrainSettings:
 
     def problems(self, world_size: int | None) -> Iterator[Problem]:
         """What is wrong between sections; with world_size None, only what no number of ranks would mend."""
-        if any(True for section in (self.model, self.training, self.parallelism) for _ in section.problems()):
-            return  # these are reported by their sections, and nothing can be derived from them
-        try:
-            shape = self.shape(BYTE_VOCABULARY if self.tokenizer.name == "byte" else 1)
-        except ValueError as error:
-            yield Problem(key="model.vocab_size", rule=str(error).partition(": ")[2])
-            return
         if self.validation.enable and self.data.validation_fraction == 0:
             yield Problem(
                 key="data.validation_fraction",
                 rule="validation needs held-out text",
                 fix="set it to 0.01, or validation.enable to false",
             )
+        if any(True for section in (self.model, self.parallelism) for _ in section.problems()):
+            return  # these are reported by their sections, and nothing more can be derived from them
+        try:
+            shape = self.shape(BYTE_VOCABULARY if self.tokenizer.name == "byte" else 1)
+        except ValueError as error:
+            yield Problem(key="model.vocab_size", rule=str(error).partition(": ")[2])
+            return
         if world_size is None:
             return
         for index in range(max(1, len(self.training.stages))):
-            stage, where = self.at_stage(index), f"training.stages[{index}]: " if self.training.stages else ""
+            stage, where = self.at_stage(index), f"in training.stages[{index}]: " if self.training.stages else ""
             degrees, found = stage._resolve_degrees(world_size, shape)
-            for problem in found:
-                yield Problem(key=f"parallelism.{problem.key}", rule=where + problem.rule, fix=problem.fix)
+            found = [replace(problem, key=f"parallelism.{problem.key}") for problem in found]
             if degrees is not None:
-                for problem in stage._problems_of_lengths(degrees, shape):
-                    yield Problem(key=problem.key, rule=where + problem.rule, fix=problem.fix)
+                found += stage._problems_of_lengths(degrees, shape)
+            for problem in found:
+                key = self._written_key(index, problem.key)
+                yield replace(problem, key=key, rule=problem.rule if key != problem.key else where + problem.rule)
+
+    def _written_key(self, index: int, key: str) -> str:
+        """The key of a stage where the stage sets it, else the run's own."""
+        name = key.partition(".")[2]
+        if self.training.stages and getattr(self.training.stages[index], name, "auto") not in ("auto", "same"):
+            return f"training.stages[{index}].{name}"
+        return key
 
     def at_stage(self, index: int) -> TrainSettings:
         """The settings as they are during a stage: its length, batch and degrees put in, no stages left."""
@@ -213,7 +225,7 @@ class TrainSettings:
 
     def _problems_of_lengths(self, degrees: Degrees, shape: ModelShape) -> Iterator[Problem]:
         multiple, length = sequence_multiple(degrees), self.training.seq_len
-        if length % multiple:
+        if length > 0 and length % multiple:
             below, above = length // multiple * multiple, -(-length // multiple) * multiple
             yield Problem(
                 key="training.seq_len",
@@ -221,13 +233,13 @@ class TrainSettings:
                 f"{degrees.tp})",
                 fix=f"set it to {f'{below} or {above}' if below else above}",
             )
-        at_a_time = self.training.local_batch_size * degrees.data
-        if self.training.global_batch_size != "auto" and self.training.global_batch_size % at_a_time:
+        at_a_time, global_batch = self.training.local_batch_size * degrees.data, self.training.global_batch_size
+        if global_batch != "auto" and at_a_time > 0 and global_batch > 0 and global_batch % at_a_time:
             yield Problem(
                 key="training.global_batch_size",
                 rule=f"must be a multiple of local_batch_size {self.training.local_batch_size} x {degrees.data} "
                 "data-parallel ranks",
-                fix=f"set it to {-(-self.training.global_batch_size // at_a_time) * at_a_time}",
+                fix=f"set it to {-(-global_batch // at_a_time) * at_a_time}",
             )
         for key, value in (("ffn_dim", shape.ffn_dim), ("vocab_size", shape.vocab_size)):
             if value % degrees.tp:

@@ -6,6 +6,8 @@ import gc
 import logging
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Self
@@ -39,6 +41,7 @@ from cptrain.train.environment import write_environment
 from cptrain.train.interruption import Interruption
 from cptrain.train.report import describe
 from cptrain.train.settings import TrainingConfig, TrainSettings
+from cptrain.train.startup import StartupCheck
 
 logger = logging.getLogger("cptrain")
 
@@ -84,6 +87,9 @@ class Trainer:
         self.model = self.parallel.model
         self.context = self.parallel.context
         self.optimizer = build_optimizer(self.model, settings.optimizer)
+        self.startup_check = StartupCheck(
+            self.shape, tp=degrees.tp, dtype=self.precision.param, enabled=settings.debug.startup_check
+        )
 
         self.step = 0
         self.stage_index = 0
@@ -115,8 +121,8 @@ class Trainer:
             logger.info(f"step {self.step} of {settings.training.steps} is done already; raise training.steps to go on")
             return ""
         first_step, folder = self.step + 1, settings.job.folder
-        gc.disable()  # collections at a step of Python's own choosing would make all ranks wait for each in turn
         with (
+            _garbage_kept(),
             Interruption() as interruption,
             profiling(
                 settings.profiling, folder=folder, rank=self.rank, device=self.device, resumed_step=self.step
@@ -126,22 +132,25 @@ class Trainer:
                 self.metrics.validation(0, self.validate())
             while self.step < settings.training.steps and not stopped_by:
                 self._enter_stage(settings.stage_of(self.step + 1))
-                stopped_by = self.train_step(interruption.requested)
+                self.train_step()
+                stopped_by = self._signal_on_any_rank(interruption.requested)
                 profiler.step()
-                last = self.step == settings.training.steps or bool(stopped_by)
-                if settings.validation.enable and (self.step % settings.validation.freq == 0 or last):
-                    self.metrics.validation(self.step, self.validate())
-                if self.checkpointer.due(self.step) or last:
+                finished = self.step == settings.training.steps
+                if self.checkpointer.due(self.step) or finished or stopped_by:
                     self.save()
+                # Who sends a signal may not wait for long: the state is on disk by now, and held-out text is left out.
+                if settings.validation.enable and (
+                    finished or (self.step % settings.validation.freq == 0 and not stopped_by)
+                ):
+                    self.metrics.validation(self.step, self.validate())
                 if self.step % settings.training.gc_freq == 0:
                     gc.collect()
                 if self.step == first_step:
                     set_timeouts(settings.comm.train_timeout_seconds)
-        gc.enable()
         return stopped_by
 
-    def train_step(self, requested_stop: str = "") -> str:
-        """One optimizer step over the global batch; returns the signal that some rank was sent, or ""."""
+    def train_step(self) -> None:
+        """One optimizer step over the global batch."""
         start = time.perf_counter()
         step, settings = self.step + 1, self.settings
         assert self.batches is not None
@@ -151,7 +160,8 @@ class Trainer:
         data_time_s = time.perf_counter() - start
 
         valid_here = sum((shard.labels != IGNORED).sum() for shard in shards)
-        valid, stop = self._agree(valid_here, requested_stop)
+        # Tensor-parallel peers hold the same tokens, so each is counted tp times.
+        valid = max(self._sum_over_ranks(valid_here) // self.meshes.degrees.tp, 1)
         loss_here = torch.zeros((), dtype=torch.float64, device=self.device)
         for index, shard in enumerate(shards):
             self.parallel.set_last_microbatch(index == len(shards) - 1)
@@ -189,7 +199,6 @@ class Trainer:
                 flops=self.flops_per_step,
             )
         )
-        return stop
 
     @torch.no_grad()
     def validate(self) -> float:
@@ -293,6 +302,7 @@ class Trainer:
                 f"stage {index + 1} from step {self.step + 1}: {global_batch} x {length:,} tokens, "
                 f"{self.context.describe()}, data parallel {degrees.data}"
             )
+        self.startup_check(self.context, length)
 
     def _resume(self) -> None:
         """Take the state of the newest checkpoint, if there is one."""
@@ -319,16 +329,15 @@ class Trainer:
         corpus = open_corpus(folder)
         return split_documents(corpus, fraction=settings.data.validation_fraction, seed=seed)
 
-    def _agree(self, valid_here: torch.Tensor | int, requested_stop: str) -> tuple[int, str]:
-        """(valid tokens of the step over all ranks, the signal that some rank was sent or ""), in one message."""
-        numbers = torch.zeros(2, dtype=torch.int64, device=self.device)
-        numbers[0] = valid_here
-        numbers[1] = bool(requested_stop)
+    def _sum_over_ranks(self, number: torch.Tensor | int) -> int:
+        total = torch.as_tensor(number, dtype=torch.int64, device=self.device).clone()
         if self.world_size > 1:
-            dist.all_reduce(numbers)
-        valid, stops = numbers.tolist()
-        # Tensor-parallel peers hold the same tokens, so each was counted tp times.
-        return max(valid // self.meshes.degrees.tp, 1), (requested_stop or "a signal on another rank") if stops else ""
+            dist.all_reduce(total)
+        return int(total)
+
+    def _signal_on_any_rank(self, requested: str) -> str:
+        """The signal that this rank was sent, or that another one was; "" where none was. The same question on all."""
+        return (requested or "a signal on another rank") if self._sum_over_ranks(bool(requested)) else ""
 
     def _introduce(self) -> None:
         """Write the run's folder and say what runs."""
@@ -344,6 +353,16 @@ class Trainer:
                 self.device.type, self.precision.param, name=self.settings.parallelism.attention_kernel
             )
             logger.info(f"attention kernel  {kernel.name}, {self.precision.param}")
+
+
+@contextmanager
+def _garbage_kept() -> Iterator[None]:
+    """Collect no garbage by itself: at a step of Python's own choosing, all ranks would wait for each in turn."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def resolve_precision(training: TrainingConfig, device: torch.device) -> Precision:

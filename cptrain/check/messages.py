@@ -1,0 +1,72 @@
+"""The messages of context-parallel attention, forward and backward, counted and compared with the formulas."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+
+from cptrain.check.toy import ToyTrainer
+from cptrain.context_parallel.finding import Finding
+from cptrain.context_parallel.selfcheck import place
+from cptrain.context_parallel.traffic import Call, Traffic, attention_traffic, num_bytes
+from cptrain.distributed.transport import recorded_messages
+
+
+def check_messages(trainer: ToyTrainer) -> list[Finding]:
+    """Two findings, forward and backward: how many messages are missing, too many, or of another size.
+
+    Full activation checkpointing repeats those of forward in backward; selective repeats none.
+    """
+    start = time.perf_counter()
+    batch = trainer.batch(0, trainer.stage.training.local_batch_size)
+    with recorded_messages() as sent_forward:
+        loss = trainer.loss(batch)
+    with recorded_messages() as sent_backward:
+        loss.backward()
+    trainer.optimizer.zero_grad(set_to_none=True)
+    forward, backward = _expected(trainer)
+    if trainer.settings.activation_checkpoint.mode == "full":
+        backward = backward + forward
+    return [
+        _finding("forward", Counter(sent_forward), forward, seconds=time.perf_counter() - start),
+        _finding("backward", Counter(sent_backward), backward, seconds=0.0),
+    ]
+
+
+def _expected(trainer: ToyTrainer) -> tuple[Traffic, Traffic]:
+    plan, shape, degrees = trainer.context, trainer.shape, trainer.meshes.degrees
+    call = Call(
+        batch=trainer.stage.training.local_batch_size,
+        heads=shape.num_heads // degrees.tp,
+        kv_heads=shape.num_kv_heads // degrees.tp,
+        key_dim=shape.head_dim,
+        value_dim=shape.head_dim,
+        itemsize=trainer.precision.param.itemsize,
+    )
+    forward, backward = Traffic(), Traffic()
+    for mask in trainer.masks:
+        there, back = attention_traffic(
+            call,
+            mask,
+            plan.ring_layout(trainer.stage.training.seq_len),
+            ring_rank=place(plan, "ring"),
+            gathers=plan.method == "all_gather",
+            ulysses_degree=plan.ulysses_degree,
+        )
+        forward += there
+        backward += back
+    return forward, backward
+
+
+def _finding(name: str, sent: Traffic, expected: Traffic, *, seconds: float) -> Finding:
+    where = f"{sent.total()} of {num_bytes(sent):,} bytes in all on rank 0"
+    if sent != expected:
+        where += f", expected {expected.total()} of {num_bytes(expected):,}"
+    return Finding(
+        name=f"messages of {name}",
+        error=(sent - expected).total() + (expected - sent).total(),
+        allowed=0,
+        look_at="cptrain/context_parallel/traffic.py has the formulas; repeated messages come from recomputing them",
+        where=where,
+        seconds=seconds,
+    )

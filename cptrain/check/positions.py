@@ -1,0 +1,62 @@
+"""Whether every rank rotates its queries and keys by the global positions of its own tokens."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from cptrain.check.toy import ToyTrainer
+from cptrain.context_parallel.finding import Finding
+from cptrain.models.llama import Attention
+from cptrain.models.rope import Rope, rotary_tables
+
+
+def check_rotary_positions(trainer: ToyTrainer) -> Finding:
+    """The largest difference, in tokens, between a token's position and the one its rotary table was made for.
+
+    Labels are replaced by the global index of each token, which tells where the trainer put it; the tables are those
+    that reach the attention modules, each token's row looked up in the tables of the whole sequence.
+    """
+    start = time.perf_counter()
+    batch = trainer.batch(0, trainer.stage.training.local_batch_size)
+    positions = batch["positions"].to(trainer.device)
+    index = torch.arange(positions.size(1)).expand_as(batch["labels"])
+    expected = positions.gather(1, trainer.shard({**batch, "labels": index}).labels)
+    used = _tables(trainer, batch)
+    every = torch.arange(int(positions.max()) + 1, device=trainer.device)[None]
+    whole = torch.cat(rotary_tables(every, trainer.shape, used[0][0].dtype), -1)[0]
+    worst = 0
+    for cos, sin in used:
+        rows = torch.cat((cos, sin), -1)
+        if rows.shape[:2] != expected.shape:
+            worst = max(worst, positions.size(1))
+            continue
+        nearest = torch.stack([torch.cdist(row, whole).argmin(-1) for row in rows])
+        worst = max(worst, int((nearest - expected).abs().max()))
+    return Finding(
+        name="rotary positions",
+        error=worst,
+        allowed=0,
+        look_at="positions must go through the same ContextParallel.shard as the tokens, and the model must use them",
+        where=f"{len(used)} layers",
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _tables(trainer: ToyTrainer, batch: dict[str, torch.Tensor]) -> list[Rope]:
+    """Cosines and sines as each attention module gets them."""
+    seen: list[Rope] = []
+
+    def keep(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        seen.append(args[1])
+
+    modules = [module for module in trainer.model.modules() if isinstance(module, Attention)]
+    handles = [module.register_forward_pre_hook(keep) for module in modules]
+    # Compiled blocks would not call the hooks.
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        trainer.loss(batch)
+    for handle in handles:
+        handle.remove()
+    return seen

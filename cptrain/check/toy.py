@@ -1,0 +1,183 @@
+"""The user's own configuration at toy width: settings, and a trainer that reads a text of its own."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import default_collate
+
+from cptrain.checkpoint.settings import CheckpointConfig
+from cptrain.context_parallel.mask import Mask
+from cptrain.context_parallel.selfcheck import exact_dtype, scaled, small_length
+from cptrain.data.corpus import open_corpus
+from cptrain.data.prepare import prepare_corpus
+from cptrain.data.settings import TokenizerConfig
+from cptrain.data.split import Split, split_documents
+from cptrain.distributed.settings import sequence_multiple
+from cptrain.loss import cross_entropy_sum
+from cptrain.models.init import STD
+from cptrain.models.llama import Llama
+from cptrain.models.settings import ModelConfig
+from cptrain.models.shape import ModelShape
+from cptrain.train.settings import BYTE_VOCABULARY, JobConfig, TrainSettings
+from cptrain.train.trainer import Trainer, resolve_precision
+
+TOKENS = 128  # of a sequence, or as few more as the mesh can cut
+DIM, HEAD_DIM, FFN_DIM, VOCABULARY = 64, 16, 128, 320
+NUM_LAYERS = 2  # one with a window and one without where the model has both
+MOST_WINDOWS = 64  # of text
+
+
+def real_shape(settings: TrainSettings) -> ModelShape:
+    """The model that the settings train; its vocabulary may be the tokenizer's, which nothing here depends on."""
+    return settings.shape(BYTE_VOCABULARY if settings.tokenizer.name == "byte" else 1)
+
+
+def distinct_plans(settings: TrainSettings, world_size: int) -> list[int]:
+    """The first stage of each way in which the run divides the ranks; [0] for a run without stages."""
+    first: dict[object, int] = {}
+    for index in range(max(1, len(settings.training.stages))):
+        stage = settings.at_stage(index)
+        gathers = stage.parallelism.context_parallel_method == "all_gather"
+        degrees = stage.degrees(world_size, real_shape(settings))
+        first.setdefault((degrees, gathers, stage.parallelism.ring_inner_degree), index)
+    return list(first.values())
+
+
+def toy_settings(settings: TrainSettings, *, world_size: int, device: torch.device, folder: Path) -> TrainSettings:
+    """The same degrees, methods, masks, heads and wrapping, with few short layers, tokens and sequences.
+
+    One step per plan: each of `distinct_plans` is a stage. Everything is fp64 where the device's attention kernel has
+    it. Weights stay what they are (the learning rate is 0), gradients unclipped. Files go to `folder`, which is this
+    rank's own.
+    """
+    shape = real_shape(settings)
+    plans = distinct_plans(settings, world_size)
+    lengths = [_toy_lengths(settings.at_stage(index), world_size, shape) for index in plans]
+    training = replace(settings.training, **lengths[0], steps=len(plans), max_norm=math.inf)
+    if settings.training.stages:
+        stages = [settings.training.stages[index] for index in plans]
+        stages = [replace(stage, **numbers, steps=1) for stage, numbers in zip(stages, lengths, strict=True)]
+        training = replace(training, stages=tuple(stages))
+    dtype = resolve_precision(settings.training, device).param
+    if exact_dtype(device, dtype, settings.parallelism.attention_kernel) == torch.float64:
+        training = replace(training, dtype="float64", mixed_precision_param="auto", mixed_precision_reduce="auto")
+    return replace(
+        settings,
+        job=JobConfig(name="check", dump_folder=str(folder)),
+        model=_toy_model(
+            settings.model,
+            shape,
+            length=settings.at_stage(0).training.seq_len,
+            to=training.seq_len,
+            tp=settings.parallelism.tensor_parallel_degree,
+        ),
+        tokenizer=TokenizerConfig(),
+        data=replace(
+            settings.data,
+            source="jsonl",
+            paths=(str(folder / "text.jsonl"),),
+            text_field="text",
+            validation_fraction=0.0,
+            num_workers=0,
+            cache_dir=str(folder / "cache"),
+        ),
+        training=training,
+        optimizer=replace(settings.optimizer, lr=0.0),
+        checkpoint=CheckpointConfig(enable=False),
+        validation=replace(settings.validation, enable=False),
+        metrics=replace(settings.metrics, enable_tensorboard=False, log_freq=1),
+        debug=replace(settings.debug, startup_check=False),
+    )
+
+
+def _toy_lengths(stage: TrainSettings, world_size: int, shape: ModelShape) -> dict[str, Any]:
+    """seq_len, local_batch_size and global_batch_size for a stage: small, with accumulation where the stage has it."""
+    degrees = stage.degrees(world_size, shape)
+    micro_batches = stage.global_batch_size(degrees) // (stage.training.local_batch_size * degrees.data)
+    local = min(2, stage.training.local_batch_size)
+    return {
+        "seq_len": min(small_length(sequence_multiple(degrees), at_least=TOKENS), stage.training.seq_len),
+        "local_batch_size": local,
+        "global_batch_size": local * degrees.data * min(2, micro_batches),
+    }
+
+
+def _toy_model(config: ModelConfig, shape: ModelShape, *, length: int, to: int, tp: int) -> ModelConfig:
+    windows = set(shape.windows())
+    window = max(windows)
+    small = scaled(Mask(shape.attention_mask == "causal", window), length=length, to=to).window
+    return replace(
+        config,
+        dim=DIM,
+        num_layers=NUM_LAYERS,
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        # Kernels ask for multiples of 8: a head that is none is none at toy width either.
+        head_dim=min(shape.head_dim, HEAD_DIM + shape.head_dim % 8),
+        ffn_dim=-(-FFN_DIM // tp) * tp,
+        vocab_size=-(-VOCABULARY // tp) * tp,
+        window_size=small,
+        full_attention_every=NUM_LAYERS if len(windows) == 2 else 0,
+    )
+
+
+def widen(model: Llama) -> None:
+    """Scale the initial weights so that attention scores and logits are about 1, and every part has its weight.
+
+    With the small weights that training starts from, a softmax is nearly even whatever is wrong with its scores.
+    """
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.mul_(1 / (STD * math.sqrt(DIM)))
+
+
+class ToyTrainer(Trainer):
+    """A trainer of toy settings. All ranks have the same text, each in a folder of its own: none need be shared."""
+
+    def __init__(self, settings: TrainSettings, device: torch.device) -> None:
+        super().__init__(settings, device)
+        widen(self.model)
+
+    def _open_data(self) -> tuple[Split, Split]:
+        settings = self.settings
+        _write_text(Path(settings.data.paths[0]), tokens=settings.training.seq_len * MOST_WINDOWS)
+        seed = settings.data.resolved_seed(settings.debug.seed)
+        corpus = open_corpus(prepare_corpus(settings.data, settings.tokenizer, seed=seed))
+        return split_documents(corpus, fraction=settings.data.validation_fraction, seed=seed)
+
+    def enter(self, index: int) -> None:
+        """Go on to a stage, as training does."""
+        self._enter_stage(index)
+
+    @property
+    def masks(self) -> list[Mask]:
+        """The mask of each layer."""
+        return [Mask(self.shape.attention_mask == "causal", window) for window in self.shape.windows()]
+
+    def batch(self, first: int, number: int) -> dict[str, torch.Tensor]:
+        """Whole windows of training, [number, seq_len], the same on all ranks."""
+        return default_collate([self.train_windows[index] for index in range(first, first + number)])
+
+    def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Summed loss of this rank's part of a batch of whole windows, as the training step computes it."""
+        shard = self.shard(batch)
+        return self.model(shard.tokens, shard.positions, head=partial(cross_entropy_sum, labels=shard.labels))
+
+
+def _write_text(path: Path, *, tokens: int) -> None:
+    """Documents of a few to some hundred letters, so many that they fill `tokens`."""
+    chance, written = random.Random(0), 0
+    with path.open("w", encoding="utf-8") as file:
+        while written <= tokens:
+            length = chance.randint(4, 200)
+            file.write(json.dumps({"text": "".join(chance.choices("abcdefgh ", k=length))}) + "\n")
+            written += length

@@ -1,0 +1,158 @@
+"""The bench tools run end to end at tiny sizes, and what they count is right. Nothing here looks at a time."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+CASE = ["--seq-lens", "32", "--heads", "4:2", "--dims", "8", "--rounds", "2", "--threads", "1", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def tools() -> Iterator[ModuleType]:
+    """bench_attention as a module, beside the others of its folder."""
+    sys.path.insert(0, str(ROOT / "tools"))
+    import bench_attention
+
+    yield bench_attention
+    sys.path.remove(str(ROOT / "tools"))
+
+
+def run_tool(name: str, *arguments: str, folder: Path) -> str:
+    """What a tool prints, run from another folder as a user would."""
+    paths = [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tools" / name), *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def table(text: str) -> list[list[str]]:
+    """The cells of every row of a Markdown table but its head."""
+    rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in row] for row in rows[2:]]
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """(what it printed, the folder it wrote) of bench_attention on two real ranks."""
+    folder = tmp_path_factory.mktemp("bench")
+    options = ["--methods", "ring,ulysses,all_gather,hybrid", "--masks", "causal,window:6", "--dtypes", "bf16"]
+    return run_tool(
+        "bench_attention.py", *CASE, *options, "--overlap", "on,off", folder=folder
+    ), folder / "outputs/bench"
+
+
+def test_bench_attention_sends_the_bytes_of_the_formulas(measured: tuple[str, Path]) -> None:
+    rows = read(measured[1] / "attention.csv")
+    assert {row["method"] for row in rows} == {"ring", "ulysses", "all_gather"}, "no hybrid of 2 ranks"
+    assert len(rows) == 3 * 2 * 2 * 2  # methods x masks x overlap x passes
+    assert all(row["sent_bytes"] == row["formula_bytes"] and int(row["sent_bytes"]) > 0 for row in rows)
+    # A ring of two sends its 16 tokens once, and their gradients in fp32 back: 2 (k, v) x 2 heads x 8 x 16 elements.
+    ring = {
+        row["passes"]: int(row["sent_bytes"]) for row in rows if row["method"] == "ring" and row["mask"] == "causal"
+    }
+    assert ring == {"fwd": 512 * 2, "fwd+bwd": 512 * (2 + 4)}
+
+
+def test_bench_attention_writes_table_csv_and_chart(measured: tuple[str, Path]) -> None:
+    text, folder = measured
+    rows = read(folder / "attention.csv")
+    assert len(table(text)) == len(rows)
+    for cells, row in zip(table(text), rows, strict=True):
+        assert (cells[0], cells[2], cells[3]) == (row["seq_len"], row["dtype"], row["mask"])
+        assert cells[9] == f"{100 * float(row['of_bound']):.1f} %"
+        assert float(row["time_s"]) > float(row["exposed_s"]) > 0
+        assert int(row["peak_bytes"]) > 0
+    assert (folder / "attention.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_attention_simulates_a_rank_that_sends_what_a_real_one_does(
+    tools: ModuleType, measured: tuple[str, Path], tmp_path: Path
+) -> None:
+    options = ["--simulate-ranks", "2", "--rank", "all", "--dtypes", "bf16", "--out", str(tmp_path)]
+    assert tools.main([*CASE, *options]) == 0
+    simulated, real = read(tmp_path / "attention.csv"), read(measured[1] / "attention.csv")
+    keys = ("method", "passes", "mask", "overlap")
+    expected = {tuple(row[key] for key in keys): row["sent_bytes"] for row in real}
+    assert len(simulated) == 4
+    for row in simulated:
+        assert row["simulated"] == "True"
+        assert row["sent_bytes"] == expected[tuple(row[key] for key in keys)]
+
+
+@pytest.mark.parametrize("rank", ["0", "slowest"])
+def test_bench_attention_simulates_every_method(tools: ModuleType, tmp_path: Path, rank: str) -> None:
+    methods = "ring,ulysses,hybrid,double_ring"
+    options = ["--simulate-ranks", "4", "--rank", rank, "--methods", methods, "--bandwidth", "1"]
+    assert tools.main([*CASE, *options, "--out", str(tmp_path)]) == 0
+    assert {row["method"] for row in read(tmp_path / "attention.csv")} == set(methods.split(","))
+
+
+def test_bench_attention_fails_when_bytes_contradict_the_formula(
+    tools: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import attention_clock
+
+    monkeypatch.setattr(attention_clock, "sent_bytes", lambda *_: {"fwd": 1024, "fwd+bwd": 1024})
+    options = ["--simulate-ranks", "2", "--methods", "ring", "--passes", "fwd+bwd", "--out", str(tmp_path)]
+    assert tools.main([*CASE, *options]) == 1
+    assert "4.00 KiB, the formula says 1.00 KiB" in capsys.readouterr().out
+
+
+def test_bench_attention_memory_of_a_ring_does_not_grow(tools: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--memory", "--ranks", "4,8,16", "--tokens-per-rank", "64", "--methods", "ring,ulysses"]
+    assert tools.main([*CASE, *options]) == 0
+    rows = {(row[3], row[4]): row[5:] for row in table(capsys.readouterr().out)}
+    for which in ("fwd", "fwd+bwd"):
+        assert len(rows["ring", which]) == 3
+        assert len(set(rows["ring", which])) == 1
+    # Heads of 4:2 are not enough for 8 ranks, and two kv heads are repeated for 4.
+    assert rows["ulysses", "fwd"][1:] == ["-", "-"]
+
+
+def test_bench_attention_without_matplotlib_says_what_to_install(
+    tools: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "pip install 'cptrain[bench]'" in tools.write_chart([], tmp_path / "chart.png")
+    assert not (tmp_path / "chart.png").exists()
+
+
+def test_bench_simulated_link_copies_and_keeps_to_its_bandwidth(tools: ModuleType) -> None:
+    from simulated_group import Link
+
+    link = Link(torch.device("cpu"), bandwidth=1e6)
+    there = torch.zeros(5)
+    first = link.carry([(there, torch.tensor([1.0, 2.0]))], 20_000)
+    second = link.carry([(there[:1], None)], 20_000)
+    assert there.tolist() == [0, 2, 1, 2, 1]
+    assert second._due - first._due >= 0.02  # one after another: 20,000 bytes at 1 MB/s
+
+
+def test_bench_step_prints_a_table(tmp_path: Path) -> None:
+    size = ["--layers", "1", "--dim", "16", "--heads", "2", "--vocab", "512", "--tokens", "32"]
+    text = run_tool(
+        "bench_step.py", "--cases", "bare,cp2", *size, "--rounds", "1", "--steps", "1", "--warmup", "0", folder=tmp_path
+    )
+    assert [row[:2] for row in table(text)] == [["bare", "1"], ["cp2", "2"]]

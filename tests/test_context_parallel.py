@@ -1,0 +1,256 @@
+"""The plan that users hold: how it cuts and joins sequences, whose gradients meet, and what it does with DTensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from tolerance import assert_matches
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from cptrain.context_parallel import ContextParallel
+from cptrain.context_parallel.ulysses import replicate_kv_heads
+from cptrain.distributed.transport import recorded_messages
+
+
+def plan(ring: int = 1, ulysses: int = 1, **options: Any) -> ContextParallel:
+    mesh = init_device_mesh("cpu", (ring, ulysses), mesh_dim_names=("ring", "ulysses"))
+    return ContextParallel(mesh, **options)
+
+
+def qkv(heads: int, kv_heads: int, length: int, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple:
+    """q, k, v and the output's gradient, the same on every rank."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(2, count, length, 4) for count in (heads, kv_heads, kv_heads, heads)]
+    return tuple(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
+
+
+def one_process(q, k, v, dout, *, causal: bool = True) -> tuple[torch.Tensor, ...]:
+    """Output and gradients of plain attention over the whole sequence."""
+    q, k, v = (x.clone().requires_grad_() for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+    return out.detach(), *torch.autograd.grad(out, (q, k, v), dout)
+
+
+def degrees_and_messages(rank: int, world: int) -> dict[str, tuple[int, int, int, str, int]]:
+    """(ring, ulysses, degree, method, messages of one attention forward) of plans with unused axes."""
+    flat = init_device_mesh("cpu", (2,), mesh_dim_names=("cp",))
+    plans = {
+        "ring alone": ContextParallel(flat, ring="cp", ulysses=None),
+        "ulysses alone": ContextParallel(flat, ring=None, ulysses="cp"),
+        "neither": ContextParallel(flat, ring=None, ulysses=None),
+        "ring of one": plan(1, 2),
+        "ulysses of one": plan(2, 1),
+    }
+    inputs, found = qkv(4, 2, 8), {}
+    for name, cp in plans.items():
+        with recorded_messages() as messages:
+            out = cp.attention(*(cp.shard(x, dim=2) for x in inputs[:3]), is_causal=True)
+        assert_matches(cp.unshard(out, dim=2), one_process(*inputs)[0])
+        found[name] = (cp.ring_degree, cp.ulysses_degree, cp.degree, cp.method, len(messages))
+    return found
+
+
+def test_context_parallel_leaves_axes_of_none_and_of_one_rank_unused(pool):
+    for found in pool.run(2, degrees_and_messages):
+        assert found == {
+            "ring alone": (2, 1, 2, "ring", 1),
+            "ulysses alone": (1, 2, 2, "ulysses", 4),
+            "neither": (1, 1, 1, "auto", 0),
+            "ring of one": (1, 2, 2, "ulysses", 4),
+            "ulysses of one": (2, 1, 2, "ring", 1),
+        }
+
+
+def check_round_trips(rank: int, world: int) -> None:
+    for options in ({}, {"layout": "contiguous"}):
+        cp = plan(2, 2, **options)
+        tokens = torch.arange(2 * 16).view(2, 16)
+        states = torch.randn(3, 2, 16, 5, generator=torch.Generator().manual_seed(0))
+        for x, dim in ((tokens, 1), (tokens, -1), (states, 2), (states, -2), (tokens[0], 0)):
+            part = cp.shard(x, dim=dim)
+            assert part.size(dim) == x.size(dim) // world
+            assert torch.equal(cp.unshard(part, dim=dim), x)
+            placed = cp.shard(x, dim=dim, as_dtensor=True)
+            assert torch.equal(placed.to_local(), part)
+            assert torch.equal(cp.unshard(placed, dim=dim), x)
+
+
+def test_context_parallel_unshard_undoes_shard_along_any_dim(pool):
+    pool.run(4, check_round_trips)
+
+
+def check_global_truth(rank: int, world: int) -> None:
+    cp = plan(2, 2)
+    x = torch.arange(2 * 16).view(2, 16)
+    placed = cp.shard(x, dim=1, as_dtensor=True)
+    assert isinstance(placed, DTensor)
+    assert placed.shape == x.shape
+    assert placed.placements == (Shard(1), Shard(1))
+    inverse = cp.ring_layout(16).inverse()
+    assert torch.equal(placed.full_tensor()[:, inverse], x)
+    alone = ContextParallel(cp.mesh, ring=None, ulysses=None).shard(x, dim=1, as_dtensor=True)
+    assert torch.equal(alone.full_tensor(), x)
+
+
+def test_context_parallel_dtensor_holds_the_permuted_sequence_as_its_whole(pool):
+    pool.run(4, check_global_truth)
+
+
+def shards_of_a_batch(rank: int, world: int) -> tuple[list[int], list[int], list[int]]:
+    tokens, labels, positions = plan(2, 2).shard(
+        torch.arange(16)[None] * 10, torch.arange(1, 17)[None] * 10, torch.arange(16)[None]
+    )
+    return tokens[0].tolist(), labels[0].tolist(), positions[0].tolist()
+
+
+def test_context_parallel_cuts_all_tensors_of_a_batch_by_one_permutation(pool):
+    parts = pool.run(4, shards_of_a_batch)
+    for tokens, labels, positions in parts:
+        assert tokens == [10 * p for p in positions]
+        assert labels == [10 * (p + 1) for p in positions]
+    # Zigzag over the ring, then each shard in two for ulysses.
+    assert [positions for *_, positions in parts] == [[0, 1, 2, 3], [12, 13, 14, 15], [4, 5, 6, 7], [8, 9, 10, 11]]
+
+
+def check_gradient_of_unshard(rank: int, world: int) -> None:
+    cp = plan(2, 2)
+    weights = torch.randn(3, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    part = cp.shard(torch.ones(3, 16, dtype=torch.float64)).requires_grad_()
+    (cp.unshard(part, dim=1) * weights).sum().backward()
+    assert torch.equal(part.grad, cp.shard(weights))
+
+
+def test_context_parallel_unshard_is_differentiable(pool):
+    pool.run(4, check_gradient_of_unshard)
+
+
+def check_inputs_survive(rank: int, world: int) -> None:
+    for options in ({"ring": 4}, {"ring": 4, "ring_inner_degree": 2}, {"ring": 4, "method": "all_gather"}):
+        cp = plan(**options)
+        for dtype in (torch.float64, torch.float32):
+            q, k, v, dout = (cp.shard(x, dim=2) for x in qkv(4, 2, 32, dtype=dtype))
+            leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+            out = cp.attention(*leaves, is_causal=True)
+            first = out.detach().clone()
+            torch.autograd.grad(out, leaves, dout, retain_graph=True)
+            once = torch.autograd.grad(out, leaves, dout, retain_graph=True)
+            again = torch.autograd.grad(out, leaves, dout)
+            for kept, original in zip((*leaves, out, *once), (q, k, v, first, *again), strict=True):
+                assert torch.equal(kept, original)
+
+
+def test_context_parallel_attention_leaves_inputs_output_and_what_backward_saved_bitwise_as_they_were(pool):
+    pool.run(4, check_inputs_survive)
+
+
+def check_needle(rank: int, world: int, options: dict[str, Any]) -> None:
+    cp = plan(**options)
+    length, query = 16, 9
+    leaves = [cp.shard(x, dim=2).requires_grad_() for x in qkv(4, 4, length)[:3]]
+    out = cp.attention(*leaves, is_causal=True)
+    chosen = cp.shard((torch.arange(length) == query).double().view(1, 1, -1, 1), dim=2)
+    grads = torch.autograd.grad((out * chosen).sum(), leaves)
+    _, dk, dv = (cp.unshard(grad, dim=2).abs().amax((0, 1, 3)) for grad in grads)
+    assert (dk[: query + 1] > 0).all(), "every earlier token is heard, the first one too"
+    assert (dv[: query + 1] > 0).all()
+    assert torch.equal(dk[query + 1 :], torch.zeros(length - query - 1, dtype=torch.float64))
+    assert torch.equal(dv[query + 1 :], torch.zeros(length - query - 1, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"ring": 4}, {"ring": 4, "layout": "contiguous"}, {"ulysses": 4}, {"ring": 2, "ulysses": 2}],
+    ids=["ring", "contiguous ring", "ulysses", "hybrid"],
+)
+def test_context_parallel_gradients_reach_the_first_token_and_none_comes_from_the_future(pool, options):
+    pool.run(4, check_needle, options)
+
+
+def check_two_models(rank: int, world: int) -> None:
+    plans = (plan(4, 1), plan(1, 4), plan(2, 2, layout="contiguous"))
+    problems = [qkv(*heads, 32, seed=seed) for seed, heads in enumerate(((8, 8), (4, 2), (8, 1)))]
+    leaves = [
+        [cp.shard(x, dim=2).requires_grad_() for x in problem[:3]] for cp, problem in zip(plans, problems, strict=True)
+    ]
+    outs = [cp.attention(*tensors, is_causal=True) for cp, tensors in zip(plans, leaves, strict=True)]
+    for cp, tensors, out, problem in zip(plans, leaves, outs, problems, strict=True):
+        grads = torch.autograd.grad(out, tensors, cp.shard(problem[3], dim=2))
+        for ours, theirs in zip((out.detach(), *grads), one_process(*problem), strict=True):
+            assert_matches(cp.unshard(ours, dim=2), theirs)
+
+
+def test_context_parallel_plans_and_head_counts_do_not_disturb_each_other(pool):
+    pool.run(4, check_two_models)
+
+
+def test_context_parallel_repeats_kv_heads_beside_each_other_and_sums_their_gradients():
+    x = torch.arange(2.0).view(1, 2, 1, 1).requires_grad_()
+    repeated = replicate_kv_heads(x, 6)
+    assert repeated.flatten().tolist() == [0, 0, 0, 1, 1, 1]
+    repeated.backward(torch.arange(1.0, 7.0).view(1, 6, 1, 1))
+    assert x.grad.flatten().tolist() == [1 + 2 + 3, 4 + 5 + 6]
+    assert replicate_kv_heads(x, 2) is x
+
+
+def on_two_axes(x: torch.Tensor, cp: ContextParallel, mesh, *placements) -> DTensor:
+    """The whole x as a DTensor: this rank's tokens by the plan, its heads by the tp axis."""
+    part = cp.shard(x, dim=2)
+    if placements[1] == Shard(1):
+        part = part.chunk(2, 1)[mesh.get_local_rank("tp")]
+    return DTensor.from_local(part.contiguous(), mesh, placements, run_check=False)
+
+
+def check_dtensors(rank: int, world: int) -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ring", "tp"))
+    cp = ContextParallel(mesh, ulysses=None)
+    inputs = qkv(4, 2, 16)
+    expected = one_process(*inputs)
+    for placements in ((Shard(2), Shard(1)), (Shard(2), Replicate())):
+        leaves = [on_two_axes(x, cp, mesh, *placements).requires_grad_() for x in inputs[:3]]
+        out = cp.attention(*leaves, is_causal=True)
+        grads = torch.autograd.grad(out, leaves, on_two_axes(inputs[3], cp, mesh, *placements))
+        for ours, theirs in zip((out, *grads), expected, strict=True):
+            assert ours.placements == placements
+            assert ours.shape == theirs.shape
+            assert_matches(cp.unshard(ours.detach(), dim=2), theirs)
+        plain = cp.attention(*(x.to_local() for x in leaves), is_causal=True)
+        assert torch.equal(plain, out.to_local())
+
+
+def test_context_parallel_dtensors_with_heads_cut_over_tensor_parallel_equal_one_process(pool):
+    pool.run(4, check_dtensors)
+
+
+def unsharded_by_a_plan_of_one(rank: int, world: int) -> bool:
+    mesh = init_device_mesh("cpu", (1, 1, 2), mesh_dim_names=("ring", "ulysses", "tp"))
+    x = torch.arange(8.0).view(1, 4, 2, 1)
+    placed = DTensor.from_local(x.chunk(2, 1)[rank], mesh["tp"], [Shard(1)], run_check=False)
+    return torch.equal(ContextParallel(mesh).unshard(placed, dim=2), x)
+
+
+def test_context_parallel_unshard_of_a_plan_of_one_rank_still_gathers_other_axes(pool):
+    assert pool.run(2, unsharded_by_a_plan_of_one) == [True, True]
+
+
+def groups_made(rank: int, world: int) -> list[int]:
+    """How many process groups exist after each of: a plan, two regroupings, the same two again."""
+    mesh = init_device_mesh("cpu", (1, 2, 2), mesh_dim_names=("dp_shard", "ring", "ulysses"))
+    first = ContextParallel(mesh)
+    counts = []
+    for ring, ulysses in ((4, 1), (1, 4), (4, 1), (1, 4)):
+        regrouped = first.regroup(ring=ring, ulysses=ulysses)
+        inputs = qkv(4, 4, 16)
+        out = regrouped.attention(*(regrouped.shard(x, dim=2) for x in inputs[:3]), is_causal=True)
+        assert_matches(regrouped.unshard(out, dim=2), one_process(*inputs)[0])
+        counts.append(len(dist.distributed_c10d._world.pg_map))
+    return counts
+
+
+def test_context_parallel_regroup_makes_no_new_groups_when_it_goes_back(pool):
+    for counts in pool.run(4, groups_made):
+        assert counts[0] < counts[1] == counts[2] == counts[3]

@@ -1,0 +1,146 @@
+"""What a plan refuses, in words that name the argument, the rule and a way out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from test_context_parallel import on_two_axes, plan, qkv
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from cptrain.context_parallel import ContextParallel
+
+
+def text_of(call: Callable[[], Any]) -> str:
+    """The kind and message of the error that a call ends with."""
+    try:
+        call()
+    except (ValueError, NotImplementedError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def refusals(rank: int, world: int) -> dict[str, str]:
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("ring", "ulysses"))
+    bare = init_device_mesh("cpu", (2,))
+    cp = ContextParallel(mesh)
+    q, k, v, _ = qkv(4, 2, 8)
+
+    def attend(*tensors: torch.Tensor, causal: bool = True, **options: Any) -> str:
+        return text_of(lambda: cp.attention(*tensors, is_causal=causal, **options))
+
+    return {
+        "unknown axis": text_of(lambda: ContextParallel(mesh, ring="context")),
+        "no names": text_of(lambda: ContextParallel(bare)),
+        "one axis twice": text_of(lambda: ContextParallel(mesh, ulysses="ring")),
+        "unknown layout": text_of(lambda: ContextParallel(mesh, layout="striped")),
+        "unknown method": text_of(lambda: ContextParallel(mesh, method="megatron")),
+        "method of another degree": text_of(lambda: ContextParallel(mesh, method="ulysses")),
+        "hybrid of one axis": text_of(lambda: ContextParallel(mesh, method="hybrid")),
+        "unknown kernel": text_of(lambda: ContextParallel(mesh, kernel="triton")),
+        "inner degree": text_of(lambda: ContextParallel(mesh, ring_inner_degree=3)),
+        "dims": attend(q[0], k[0], v[0]),
+        "dtypes": attend(q, k.float(), v),
+        "shapes": attend(q, k, v[:, :1]),
+        "causal lengths": attend(q, k[:, :, :4], v[:, :, :4]),
+        "heads": attend(q[:, :3], k, v),
+        "window without causal": attend(q, k, v, causal=False, window_size=3),
+        "window of nothing": attend(q, k, v, window_size=0),
+        "two lengths": text_of(lambda: cp.shard(torch.arange(8), torch.arange(16), dim=0)),
+    }
+
+
+@pytest.fixture(scope="module")
+def refused(pool) -> dict[str, str]:
+    return pool.run(2, refusals)[0]
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    {
+        "unknown axis": 'ValueError: ring = "context": the mesh has the axes ring, ulysses',
+        "no names": 'ValueError: ring = "ring": the mesh has the axes without names',
+        "one axis twice": 'ValueError: ring and ulysses are both "ring": ',
+        "unknown layout": 'ValueError: layout = "striped": must be one of contiguous, zigzag',
+        "unknown method": 'ValueError: method = "megatron": must be one of auto, ring, ',
+        "method of another degree": 'ValueError: method = "ulysses": ring degree 2 and ulysses degree 1 allow auto, ',
+        "hybrid of one axis": 'ValueError: method = "hybrid": ring degree 2 and ulysses degree 1 allow auto, ',
+        "unknown kernel": 'ValueError: kernel = "triton": must be one of auto, cpu flash, ',
+        "inner degree": "ValueError: ring_inner_degree = 3: a ring of 2 allows 1, 2",
+        "dims": "ValueError: q, k, v have 3, 3, 3 dims; they must be [B, H, T, D]",
+        "dtypes": "ValueError: q is torch.float64, k torch.float32, v torch.float64: cast them to one dtype",
+        "shapes": "ValueError: q (2, 4, 8, 4), k (2, 2, 8, 4), v (2, 1, 8, 4) do not fit together",
+        "causal lengths": "ValueError: 8 query and 4 key tokens per rank: a causal mask needs as many keys as queries",
+        "heads": "ValueError: 3 query heads are not a multiple of 2 kv heads",
+        "window without causal": "ValueError: window_size = 3: must be at least 1, with is_causal=True",
+        "window of nothing": "ValueError: window_size = 0: must be at least 1, with is_causal=True",
+        "two lengths": "ValueError: lengths [8, 16] along dim 0: they must be one sequence",
+    }.items(),
+)
+def test_context_parallel_refuses_by_name(refused, what, message):
+    assert refused[what].startswith(message)
+
+
+def ulysses_refusals(rank: int, world: int) -> list[str]:
+    cp, cases = plan(ulysses=4), [qkv(*heads, 4)[:3] for heads in ((6, 6), (12, 3), (8, 2))]
+    return [text_of(lambda case=case: cp.attention(*case, is_causal=True)) for case in cases]
+
+
+def test_context_parallel_refuses_a_ulysses_degree_that_tears_heads_apart_and_lists_those_that_do_not(pool):
+    indivisible, torn, replicated = pool.run(4, ulysses_refusals)[0]
+    assert "ulysses degree 4: 6 heads and 6 kv heads on this rank allow 1, 2, 3, 6; or give the rest" in indivisible
+    assert "ulysses degree 4: 12 heads and 3 kv heads on this rank allow 1, 3, 6, 12; or give the rest" in torn
+    assert replicated == "no error"
+
+
+def length_texts(rank: int, world: int) -> dict[str, list[str]]:
+    ring_only = init_device_mesh("cpu", (world,), mesh_dim_names=("ring",))
+    plans = {
+        "ring 2 x ulysses 2 (zigzag)": plan(2, 2),
+        "ring 2 x ulysses 2 (contiguous)": plan(2, 2, layout="contiguous"),
+        "ring 1 x ulysses 4 (zigzag)": plan(1, 4),
+        "ring 4 x ulysses 1 (zigzag)": ContextParallel(ring_only, ulysses=None),
+    }
+    return {
+        name: [text_of(lambda cp=cp, n=n: cp.shard(torch.arange(n), dim=0)) for n in (0, 3, 12, 22)]
+        for name, cp in plans.items()
+    }
+
+
+def test_context_parallel_names_the_nearest_lengths_that_it_can_cut(pool):
+    found = pool.run(4, length_texts)[0]
+    for name, (_, short, twelve, long) in found.items():
+        multiple = 8 if name.startswith("ring 4") else 4
+        assert short == f"ValueError: a sequence of 3 tokens does not divide over {name}: it must be a multiple of " + (
+            f"{multiple}; try {multiple}"
+        )
+        assert long.endswith(f"must be a multiple of {multiple}; try " + ("16 or 24" if multiple == 8 else "20 or 24"))
+        assert (twelve == "no error") == (multiple == 4)
+    assert all(empty.startswith("ValueError: a sequence of 0 tokens") for empty, *_ in found.values())
+
+
+def dtensor_refusals(rank: int, world: int) -> dict[str, str]:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ring", "tp"))
+    cp = ContextParallel(mesh, ulysses=None)
+    q, k, v, _ = (on_two_axes(x, cp, mesh, Shard(2), Shard(1)) for x in qkv(4, 2, 16))
+    wrong = DTensor.from_local(k.to_local(), mesh, (Shard(1), Shard(1)), run_check=False)
+    whole = on_two_axes(qkv(4, 2, 16)[1], cp, mesh, Shard(2), Replicate())
+    elsewhere = DTensor.from_local(v.to_local(), mesh["tp"], (Shard(1),), run_check=False)
+    calls = {
+        "plain": (q, k.to_local(), v),
+        "axis": (q, wrong, v),
+        "mesh": (q, k, elsewhere),
+        "heads": (q, whole, whole),
+    }
+    return {name: text_of(lambda x=x: cp.attention(*x, is_causal=True)) for name, x in calls.items()}
+
+
+def test_context_parallel_refuses_dtensors_that_are_placed_otherwise(pool):
+    found = pool.run(4, dtensor_refusals)[0]
+    assert found["plain"].startswith("ValueError: k is a plain tensor while another of q, k, v is a DTensor")
+    assert found["axis"].startswith("ValueError: k is S(1) on ring; needed is S(2)")
+    assert found["mesh"].startswith("ValueError: v is a DTensor on the axes ('tp',); the sequence is cut over ring")
+    assert "must be cut alike" in found["heads"], "local groups of heads would pair the wrong ones"

@@ -1,0 +1,216 @@
+"""Meshes, process groups and messages: who is beside whom, and what each rank receives."""
+
+from __future__ import annotations
+
+import itertools
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from cptrain.distributed.mesh import build_meshes
+from cptrain.distributed.process_group import (
+    first_rank_result,
+    local_device,
+    process_group,
+    set_timeouts,
+    world_size_from_environment,
+)
+from cptrain.distributed.settings import CommConfig, Degrees
+from cptrain.distributed.transport import (
+    Gathering,
+    Message,
+    Messenger,
+    all_to_all,
+    group_rank,
+    group_size,
+    recorded_messages,
+)
+
+CPU = torch.device("cpu")
+# every axis is above 1 in one of them, and neighbours differ between the orders
+DIVISIONS = [
+    (Degrees(dp_replicate=2, ring=2, tp=2), "head_first"),
+    (Degrees(dp_replicate=2, dp_shard=2, ulysses=2), "head_first"),
+    (Degrees(ring=2, ulysses=2, tp=2), "head_first"),
+    (Degrees(dp_shard=2, ring=2, ulysses=2), "context_first"),
+]
+
+
+def check_meshes(rank: int, world: int) -> None:
+    for degrees, order in DIVISIONS:
+        meshes = build_meshes(degrees, CPU, order=order)
+        names = meshes.batch.mesh_dim_names
+        assert names == (
+            ("dp_replicate", "dp_shard", "ring", "ulysses", "tp")
+            if order == "head_first"
+            else ("dp_replicate", "dp_shard", "ulysses", "ring", "tp")
+        )
+        assert [meshes.batch.size(names.index(axis)) for axis in names] == [getattr(degrees, axis) for axis in names]
+
+        # ranks of the whole world by their five coordinates
+        places = {int(meshes.batch.mesh[p]): p for p in itertools.product(*map(range, meshes.batch.mesh.shape))}
+        here = places[rank]
+        peers = [r for r, p in sorted(places.items()) if (p[0], p[4]) == (here[0], here[4])]
+        assert dist.get_process_group_ranks(meshes.parameters.get_group("fsdp")) == peers
+        assert meshes.tp.mesh.tolist() == [r for r, p in sorted(places.items()) if p[:4] == here[:4]]
+        assert meshes.fsdp.mesh_dim_names == (("dp_replicate", "fsdp") if degrees.dp_replicate > 1 else ("fsdp",))
+        assert meshes.fsdp.size() == degrees.dp_replicate * degrees.fsdp
+        assert meshes.data_rank == here[0] * degrees.dp_shard + here[1]
+
+        # Tensor peers hold the same tokens: a power of two for each place on the other axes, counted once.
+        token = sum(coordinate * 2**axis for axis, coordinate in enumerate(here[:4]))
+        tokens = {p[:4]: sum(coordinate * 2**axis for axis, coordinate in enumerate(p[:4])) for p in places.values()}
+        assert meshes.sum_over_batch(torch.tensor([token, 1])).tolist() == [sum(tokens.values()), len(tokens)]
+        assert meshes.max_over_batch(torch.tensor(token)) == max(tokens.values())
+
+
+def test_distributed_meshes_shard_parameters_over_data_and_context_and_count_tensor_peers_once(pool):
+    pool.run(8, check_meshes)
+
+
+def mesh_of_another_world(rank: int, world: int) -> str:
+    with pytest.raises(ValueError, match=r"needs 4 ranks") as caught:
+        build_meshes(Degrees(ring=4), CPU)
+    return str(caught.value)
+
+
+def test_distributed_mesh_refuses_degrees_of_another_world_on_all_ranks(pool):
+    assert all("but the world size is 2" in text for text in pool.run(2, mesh_of_another_world))
+
+
+def results_of_the_first_rank(rank: int, world: int) -> tuple[str, list[str]]:
+    ran_here = []
+
+    def work() -> str:
+        ran_here.append(rank)
+        return "prepared"
+
+    def fail(error: Exception) -> None:
+        raise error
+
+    result = first_rank_result(work)
+    assert ran_here == ([0] if rank == 0 else [])
+    texts = []
+    for error in (ValueError("no text"), RuntimeError("no device"), FileNotFoundError(2, "No such file", "corpus")):
+        try:
+            first_rank_result(lambda error=error: fail(error))
+        except type(error) as caught:
+            texts.append(str(caught))
+    return result, texts
+
+
+def test_distributed_result_or_error_of_the_first_rank_reaches_all(pool):
+    texts = ["no text", "no device", "[Errno 2] No such file: 'corpus'"]
+    assert pool.run(3, results_of_the_first_rank) == [("prepared", texts)] * 3
+
+
+def hops(rank: int, world: int) -> dict[str, list[int]]:
+    """What arrives from each side, with either way of waiting, over all ranks and over every second one."""
+    groups = {"all": dist.new_group(list(range(world))), "odd": dist.new_group([1, 3]), "even": dist.new_group([0, 2])}
+    name = "even" if rank % 2 == 0 else "odd"
+    found = {}
+    for label, group in (("all", groups["all"]), ("half", groups[name])):
+        place, size = group_rank(group.group_name), group_size(group.group_name)
+        received = []
+        for step, overlap in itertools.product((1, -1), (True, False)):
+            messenger, receive = Messenger(group.group_name, overlap=overlap), torch.full((3,), -1)
+            messenger.post(
+                send=torch.full((3,), rank), to=(place + step) % size, receive=receive, source=(place - step) % size
+            )
+            if overlap:
+                with pytest.raises(AssertionError, match="one pair"):
+                    messenger.post(send=receive, to=place, receive=receive, source=place)
+                messenger.wait()
+            received.append(int(receive[0]))
+            messenger.wait()  # nothing is in flight: does nothing
+        found[label] = received
+    one_way, receive = Messenger(groups["all"].group_name), torch.full((1,), -1)
+    one_way.post(
+        send=torch.tensor([rank]) if rank == 0 else None, to=1, receive=receive if rank == 1 else None, source=0
+    )
+    one_way.wait()
+    found["one way"] = receive.tolist()
+    return found
+
+
+def test_distributed_messages_go_one_rank_on_or_back_in_groups_that_are_not_the_world(pool):
+    for rank, found in enumerate(pool.run(4, hops)):
+        before, after = (rank - 1) % 4, (rank + 1) % 4
+        other = (rank + 2) % 4
+        assert found["all"] == [before, before, after, after]
+        assert found["half"] == [other] * 4
+        assert found["one way"] == [0 if rank == 1 else -1]
+
+
+def collect(rank: int, world: int) -> tuple[list, list, list, list[Message]]:
+    name = dist.new_group(list(range(world))).group_name
+    with recorded_messages() as messages:
+        exchanged = all_to_all(name, torch.arange(world)[:, None] + 10 * rank)
+        gathering = Gathering(name)
+        gathered, work = gathering.post(torch.full((2,), rank))
+        work.wait()
+        waited, nothing = Gathering(name, overlap=False).post(torch.full((2,), rank))
+        assert nothing is None
+        assert torch.equal(waited, gathered)
+        summed = gathering.reduce_scatter(torch.arange(world * 2.0).view(world, 2) * (rank + 1))
+    all_to_all(name, torch.zeros(world, 1))
+    return exchanged.flatten().tolist(), gathered.tolist(), summed.tolist(), messages
+
+
+def test_distributed_collectives_bring_every_rank_its_part_and_record_the_bytes_that_left(pool):
+    for rank, (exchanged, gathered, summed, messages) in enumerate(pool.run(3, collect)):
+        assert exchanged == [rank, rank + 10, rank + 20]
+        assert gathered == [[0, 0], [1, 1], [2, 2]]
+        assert summed == [6 * (2 * rank), 6 * (2 * rank + 1)]
+        kinds = ["all_to_all", "all_gather", "all_gather", "reduce_scatter"]
+        assert messages == [Message(kind, num_bytes) for kind, num_bytes in zip(kinds, (16, 32, 32, 16), strict=True)]
+
+
+def test_distributed_group_without_a_name_is_this_rank_alone():
+    assert (group_size(""), group_rank("")) == (1, 0)
+
+
+def timeouts(rank: int, world: int) -> list[timedelta]:
+    other = dist.new_group([0, 1])
+    set_timeouts(41)
+    return [group._get_backend(CPU).options._timeout for group in (dist.group.WORLD, other)]
+
+
+def test_distributed_timeouts_are_set_for_every_group(pool):
+    assert pool.run(2, timeouts) == [[timedelta(seconds=41)] * 2] * 2
+
+
+@pytest.mark.parametrize(
+    ("variables", "world"),
+    [
+        ({}, 1),
+        ({"WORLD_SIZE": "8"}, 8),
+        ({"SLURM_NTASKS": "4"}, 4),
+        ({"WORLD_SIZE": "2", "SLURM_NTASKS": "4"}, 2),
+    ],
+    ids=["none", "torchrun", "srun", "torchrun under srun"],
+)
+def test_distributed_world_size_is_what_the_launcher_says(monkeypatch, variables, world):
+    for name in ("WORLD_SIZE", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert world_size_from_environment() == world
+
+
+def test_distributed_process_group_without_a_launcher_is_a_world_of_one_that_ends_with_the_block(monkeypatch):
+    for name in ("WORLD_SIZE", "SLURM_NTASKS", "RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with process_group(CommConfig(), CPU):
+        assert (dist.get_rank(), dist.get_world_size()) == (0, 1)
+    assert not dist.is_initialized()
+    with pytest.raises(KeyError), process_group(CommConfig(), CPU):
+        raise KeyError
+    assert not dist.is_initialized()
+
+
+def test_distributed_device_of_a_host_without_cuda_is_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert local_device() == CPU

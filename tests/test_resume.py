@@ -1,0 +1,483 @@
+"""Stopping and going on: nothing is lost, nothing is done twice, and the same ranks get the same bits."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import os
+import random
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from runs import GLOBAL_BATCH, small_settings, write_text
+from torch.distributed.tensor import DTensor
+
+from cptrain.checkpoint.state import training_state
+from cptrain.loss import cross_entropy_sum
+from cptrain.train import trainer as trainer_module
+from cptrain.train.settings import TrainingStage, TrainSettings
+from cptrain.train.trainer import Trainer
+
+LAYOUTS = {
+    "ring 2": (2, {"ring_degree": 2}, 8),
+    "fsdp 2": (2, {"data_parallel_shard_degree": 2}, 2),
+    "one rank": (1, {}, 4),
+    "fsdp 2 x ulysses 2": (4, {"data_parallel_shard_degree": 2, "ulysses_degree": 2}, 1),
+    "tp 2": (2, {"tensor_parallel_degree": 2}, 8),
+}
+
+
+class Watched(Trainer):
+    """A trainer that notes what it reads and draws, and to which something can happen in a step.
+
+    read: for each step, the digests of the windows that this rank read. drawn: a number of every generator per step.
+    signals: what this rank sends itself in the middle of that step. poisoned: the step whose loss is nan here.
+    """
+
+    def __init__(self, settings: TrainSettings, *, signals: dict[int, list[int]] | None = None, poisoned: int = 0):
+        self.read: list[list[str]] = []
+        self.drawn: list[tuple[float, ...]] = []
+        self._signals, self._poisoned = signals or {}, poisoned
+        random.seed(0)  # generators that the trainer leaves alone but for carrying them over
+        np.random.seed(0)
+        super().__init__(settings, torch.device("cpu"))
+
+    def train_step(self) -> None:
+        self.read.append([])
+        super().train_step()
+        self.drawn.append((torch.rand(()).item(), random.random(), float(np.random.rand())))
+
+    def shard(self, batch: dict[str, torch.Tensor]) -> trainer_module.Shard:
+        if self.read and torch.is_grad_enabled():  # validation has no gradients
+            rows = zip(batch["tokens"], batch["labels"], strict=True)
+            self.read[-1] += [hashlib.sha256(torch.cat(row).numpy().tobytes()).hexdigest() for row in rows]
+            for number in self._signals.pop(self.step + 1, ()):
+                os.kill(os.getpid(), number)
+        return super().shard(batch)
+
+    def loss(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Stands for the loss of `cptrain.loss`."""
+        total = cross_entropy_sum(*args, **kwargs)
+        return total * (math.nan if self.step + 1 == self._poisoned else 1)
+
+
+@dataclasses.dataclass
+class Leg:
+    """What one start of a run did, on one rank; metrics on rank 0 only."""
+
+    stopped_by: str
+    step: int
+    read: list[list[str]]
+    drawn: list[tuple[float, ...]]
+    state: dict[str, bytes]  # every tensor of model and optimizer, whole
+    log: str
+    error: str = ""
+    metrics: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+    def numbers(self, kind: str = "train") -> dict[int, tuple[str, str]]:
+        """(loss, gradient norm) by step, every bit of them."""
+        return {
+            record["step"]: (record["loss"].hex(), record.get("grad_norm", 0.0).hex())
+            for record in self.metrics
+            if record["kind"] == kind
+        }
+
+
+def whole_state(trainer: Trainer) -> dict[str, bytes]:
+    state = training_state(trainer.model, trainer.optimizer)
+    return {
+        f"{part}.{name}": (value.full_tensor() if isinstance(value, DTensor) else value)
+        .detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        for part, tensors in state.items()
+        for name, value in tensors.items()
+    }  # fmt: skip
+
+
+@contextlib.contextmanager
+def logged() -> Iterator[list[str]]:
+    """Every line that cptrain logs."""
+    lines: list[str] = []
+    logger, handler = logging.getLogger("cptrain"), logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield lines
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+
+
+def leg(settings: TrainSettings, **events: Any) -> Leg:
+    """Start a run, as often as it takes to reach the end or what happens to it."""
+    with logged() as lines, Watched(settings, **events) as trainer:
+        stopped_by = error = ""
+        with mock.patch.object(trainer_module, "cross_entropy_sum", trainer.loss):
+            try:
+                stopped_by = trainer.train()
+            except RuntimeError as caught:
+                error = str(caught)
+        found = Leg(
+            stopped_by, trainer.step, trainer.read, trainer.drawn, whole_state(trainer), "\n".join(lines), error
+        )
+    if trainer.rank == 0:
+        text = (settings.job.folder / "metrics.jsonl").read_text()
+        found.metrics = [json.loads(line) for line in text.splitlines()]
+    return found
+
+
+def start(rank: int, world: int, settings: TrainSettings, on_rank: int = 0, **events: Any) -> Leg:
+    """One start; events happen on one rank only."""
+    return leg(settings, **events if rank == on_rank else {})
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def settings_of(text: str, cache: str, tmp_path: Path) -> Any:
+    """`settings_of(layout, name, section={key: value})`: 6 steps on a layout, in a folder of their own by name."""
+
+    def make(layout: str = "one rank", name: str = "run", **sections: dict[str, Any]) -> TrainSettings:
+        _, degrees, local_batch_size = LAYOUTS[layout]
+        keys: dict[str, dict[str, Any]] = {
+            "data": {"cache_dir": cache},
+            "training": {"steps": 6, "local_batch_size": local_batch_size},
+            "lr_scheduler": {"total_steps": 8},  # so that training.steps may change and nothing else with it
+            "parallelism": degrees,
+            "checkpoint": {"enable": True, "interval": 100},
+            "validation": {"enable": False},
+        }
+        for section, values in sections.items():
+            keys[section] = keys.get(section, {}) | values
+        settings = small_settings(tmp_path, text, **keys)
+        return dataclasses.replace(settings, job=dataclasses.replace(settings.job, name=name))
+
+    return make
+
+
+def read_by_all(legs: list[Leg]) -> list[list[str]]:
+    """The windows of each step over all ranks, each once; those that share a sequence read the same."""
+    return [sorted({window for rank in legs for window in rank.read[step]}) for step in range(len(legs[0].read))]
+
+
+def steps_of(found: Leg, kind: str = "train") -> list[int]:
+    return [record["step"] for record in found.metrics if record["kind"] == kind]
+
+
+# --- the same ranks ---------------------------------------------------------------------------------------------------
+
+
+def straight_and_resumed(
+    rank: int, world: int, straight: TrainSettings, resumed: TrainSettings
+) -> tuple[Leg, Leg, Leg]:
+    first = dataclasses.replace(resumed, training=dataclasses.replace(resumed.training, steps=3))
+    return leg(straight), leg(first), leg(resumed)
+
+
+@pytest.mark.parametrize("layout", ["ring 2", "fsdp 2"])
+@pytest.mark.parametrize(
+    "precision",
+    [{"dtype": "float32"}, {"dtype": "float64"}, {"dtype": "float32", "mixed_precision_param": "bfloat16"}],
+    ids=["fp32", "fp64", "bf16 over fp32"],
+)
+def test_resume_on_the_same_ranks_is_bitwise(pool, settings_of, layout, precision):
+    both = [settings_of(layout, name, training=precision) for name in ("straight", "resumed")]
+    for rank, (straight, first, second) in enumerate(pool.run(2, straight_and_resumed, *both)):
+        assert (first.step, second.step) == (3, 6)
+        assert first.read + second.read == straight.read
+        assert first.drawn + second.drawn == straight.drawn
+        assert second.state == straight.state
+        if rank == 0:
+            assert second.numbers() == straight.numbers()
+            assert steps_of(second) == [1, 2, 3, 4, 5, 6]
+
+
+def test_resume_has_something_to_lose(pool, settings_of):
+    """What the comparison above rests on: weights, moments, data and generators differ between the steps."""
+    (straight, first, _) = pool.run(1, straight_and_resumed, settings_of(name="straight"), settings_of(name="resumed"))[
+        0
+    ]
+    assert all(first.state[name] != straight.state[name] for name in straight.state)
+    assert len(set(straight.drawn)) == 6
+    windows = [window for step in straight.read for window in step]
+    assert len(set(windows)) == len(windows) == 6 * GLOBAL_BATCH
+    assert any("exp_avg_sq" in name for name in straight.state)
+
+
+def test_resume_inside_of_a_stage_is_bitwise(pool, settings_of):
+    stages = TrainingStage(steps=2, ring_degree=2), TrainingStage(steps=4, ulysses_degree=2, local_batch_size=4)
+    both = [settings_of("ring 2", name, training={"stages": stages}) for name in ("straight", "resumed")]
+    straight, first, second = pool.run(2, straight_and_resumed, *both)[0]
+    assert first.read + second.read == straight.read
+    assert (second.state, second.numbers()) == (straight.state, straight.numbers())
+
+
+def test_resume_of_a_finished_run_says_so_and_changes_nothing(pool, settings_of):
+    settings = settings_of("ring 2", checkpoint={"interval": 3}, validation={"enable": True, "freq": 3})
+    (done, *_) = pool.run(2, start, settings)
+    files = contents(settings.job.folder)
+    (again, *_) = pool.run(2, start, settings)
+    assert "step 6 of 6 is done already; raise training.steps to go on" in again.log
+    assert (again.step, again.read, again.metrics) == (6, [], done.metrics)
+    assert {name: text for name, text in contents(settings.job.folder).items() if name != "environment.json"} == {
+        name: text for name, text in files.items() if name != "environment.json"
+    }
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# --- other ranks ------------------------------------------------------------------------------------------------------
+
+
+def assert_same_state(actual: dict[str, bytes], expected: dict[str, bytes], *, atol: float = 1e-10) -> None:
+    assert actual.keys() == expected.keys()
+    for name, content in expected.items():
+        if name.endswith(".step"):
+            assert actual[name] == content, name
+        else:
+            error = np.abs(np.frombuffer(actual[name]) - np.frombuffer(content)).max()
+            assert error <= atol, f"{name}: largest difference {error:.2e}"
+
+
+def assert_same_numbers(actual: Leg, expected: Leg, *, atol: float = 1e-10) -> None:
+    assert actual.numbers().keys() == expected.numbers().keys()
+    for step, numbers in expected.numbers().items():
+        for a, e in zip(actual.numbers()[step], numbers, strict=True):
+            assert abs(float.fromhex(a) - float.fromhex(e)) <= atol, f"step {step}"
+
+
+def test_resume_on_other_ranks_reads_the_same_data_and_agrees(pool, settings_of):
+    straight = pool.run(1, start, settings_of("one rank", "straight", training={"steps": 8}))
+    read = []
+    for end, layout in ((2, "ring 2"), (4, "one rank"), (6, "fsdp 2 x ulysses 2"), (8, "tp 2")):
+        legs = pool.run(LAYOUTS[layout][0], start, settings_of(layout, "moving", training={"steps": end}))
+        assert legs[0].step == end
+        read += read_by_all(legs)
+    assert read == read_by_all(straight)
+    assert steps_of(legs[0]) == list(range(1, 9))
+    assert_same_numbers(legs[0], straight[0])
+    assert_same_state(legs[0].state, straight[0].state)
+
+
+@pytest.mark.parametrize("layout", ["one rank", "fsdp 2"])
+def test_resume_with_another_accumulation_agrees(pool, settings_of, layout):
+    world, _, _ = LAYOUTS[layout]
+    straight = pool.run(world, start, settings_of(layout, "straight"))
+    sizes = {"straight": 4, "first": 1, "second": 2}
+    first = pool.run(world, start, settings_of(layout, training={"steps": 3, "local_batch_size": sizes["first"]}))
+    second = pool.run(world, start, settings_of(layout, training={"local_batch_size": sizes["second"]}))
+    assert read_by_all(first) + read_by_all(second) == read_by_all(straight)
+    assert_same_numbers(second[0], straight[0])
+    assert_same_state(second[0].state, straight[0].state)
+
+
+def test_resume_with_another_global_batch_goes_on_at_the_next_window(pool, settings_of):
+    straight, first, second = pool.run(
+        1,
+        start_each,
+        [
+            settings_of(name="straight"),
+            settings_of(training={"steps": 3}),
+            settings_of(training={"steps": 9, "global_batch_size": GLOBAL_BATCH // 2}),
+        ],
+    )[0]
+    assert flat(first.read + second.read) == flat(straight.read)
+    assert [record["tokens_seen"] for record in second.metrics][-1] == 6 * GLOBAL_BATCH * 64
+
+
+def test_resume_at_another_length_goes_on_at_the_next_window(pool, settings_of):
+    # 7 steps of 8 x 64 tokens are 149 1/3 windows of 24: the next whole one is number 150.
+    batch = {"global_batch_size": 10, "local_batch_size": 10, "seq_len": 24}
+    straight, _, second = pool.run(
+        1,
+        start_each,
+        [
+            settings_of(name="straight", training={"steps": 17, **batch}),
+            settings_of(training={"steps": 7}),
+            settings_of(training={"steps": 9, **batch}),
+        ],
+    )[0]
+    assert second.read == straight.read[15:]
+
+
+def start_each(rank: int, world: int, variants: list[TrainSettings]) -> list[Leg]:
+    return [leg(settings) for settings in variants]
+
+
+def flat(read: list[list[str]]) -> list[str]:
+    return [window for step in read for window in step]
+
+
+# --- stopping ---------------------------------------------------------------------------------------------------------
+
+
+def test_resume_after_a_signal_to_one_rank_is_bitwise(pool, settings_of):
+    """SIGTERM in the middle of step 3 on rank 1: all ranks finish the step, save and stop."""
+    straight = pool.run(2, start, settings_of("ring 2", "straight"))
+    settings = settings_of("ring 2", validation={"enable": True, "freq": 3, "steps": 1})
+    stopped = pool.run(2, start, settings, on_rank=1, signals={3: [signal.SIGTERM]})
+    assert [found.stopped_by for found in stopped] == ["a signal on another rank", "SIGTERM"]
+    assert [found.step for found in stopped] == [3, 3]
+    assert checkpoints(settings) == ["step-3"]
+    assert steps_of(stopped[0], "validation") == [0], "who sends a signal does not wait for a validation"
+    going_on = pool.run(2, start, settings)
+    for first, second, whole in zip(stopped, going_on, straight, strict=True):
+        assert first.read + second.read == whole.read
+        assert first.drawn + second.drawn == whole.drawn
+        assert second.state == whole.state
+    assert going_on[0].numbers() == straight[0].numbers()
+    assert (steps_of(going_on[0]), steps_of(going_on[0], "validation")) == ([1, 2, 3, 4, 5, 6], [0, 6])
+
+
+def checkpoints(settings: TrainSettings) -> list[str]:
+    return sorted(path.name for path in (settings.job.folder / "checkpoint").glob("step-*"))
+
+
+def stop_by(rank: int, world: int, settings: TrainSettings, numbers: list[int]) -> tuple[Leg, list[Any]]:
+    found = leg(settings, signals={2: numbers})
+    return found, [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        [signal.SIGINT],
+        [signal.SIGUSR1],
+        # A batch system tells every process, and torchrun passes on what it was told itself.
+        [signal.SIGTERM, signal.SIGTERM, signal.SIGTERM],
+        [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT],
+    ],
+    ids=lambda numbers: " ".join(signal.Signals(number).name for number in numbers),
+)
+def test_resume_is_possible_after_any_signal(pool, settings_of, numbers):
+    settings = settings_of()
+    found, handlers = pool.run(1, stop_by, settings, numbers)[0]
+    assert (found.stopped_by, found.step, checkpoints(settings)) == (signal.Signals(numbers[0]).name, 2, ["step-2"])
+    assert handlers == [signal.SIG_DFL, signal.default_int_handler, signal.SIG_DFL], "they are given back"
+
+
+def end_by_two_interrupts(rank: int, world: int, settings: TrainSettings) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        leg(settings, signals={6: [signal.SIGINT, signal.SIGINT]})
+
+
+def test_resume_after_a_crash_takes_the_lost_steps_again(pool, settings_of):
+    """A second Ctrl-C ends the run at once, in its sixth step and with the fourth on disk."""
+    straight = pool.run(1, start, settings_of(name="straight"))[0]
+    settings = settings_of(checkpoint={"interval": 4})
+    pool.run(1, end_by_two_interrupts, settings)
+    assert checkpoints(settings) == ["step-4"]
+    found = pool.run(1, start, settings)[0]
+    assert found.read == straight.read[4:]
+    assert (found.state, found.numbers()) == (straight.state, straight.numbers())
+    assert steps_of(found) == [1, 2, 3, 4, 5, 6]
+    rolled_back = (settings.job.folder / "metrics.rolled_back.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in rolled_back] == [5]
+
+
+def test_resume_passes_over_a_damaged_checkpoint_and_replays(pool, settings_of):
+    settings = settings_of("ring 2", checkpoint={"interval": 2})
+    first = pool.run(2, start, settings)
+    assert checkpoints(settings) == ["step-2", "step-4", "step-6"]
+    shard = settings.job.folder / "checkpoint" / "step-6" / "__1_0.distcp"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    again = pool.run(2, start, settings)
+    assert "step-6 is damaged and not used: __1_0.distcp" in again[0].log
+    for before, after in zip(first, again, strict=True):
+        assert after.read == before.read[4:]
+        assert after.state == before.state
+    assert again[0].numbers() == first[0].numbers()
+    assert steps_of(again[0]) == [1, 2, 3, 4, 5, 6]
+    # What was replayed is saved again, so that the next start finds it.
+    assert "resumed from" in pool.run(2, start, settings)[0].log and checkpoints(settings)[-1] == "step-6"
+
+
+def test_resume_after_a_gradient_that_is_not_finite(pool, settings_of):
+    """A loss of nan on one rank stops all of them; weights, moments and checkpoints stay as they were."""
+    straight = pool.run(2, start, settings_of("fsdp 2", "straight"))
+    before = pool.run(2, start, settings_of("fsdp 2", "before", training={"steps": 4}))
+    settings = settings_of("fsdp 2", checkpoint={"interval": 4})
+    for rank, found in enumerate(pool.run(2, start, settings, on_rank=1, poisoned=5)):
+        assert found.error == (
+            "step 5: the gradient norm is nan, so the weights were not updated; the last checkpoint is step 4. "
+            "Lower optimizer.lr or look at the data"
+        )
+        assert found.step == 4
+        assert found.state == before[rank].state
+        assert rank > 0 or steps_of(found) == [1, 2, 3, 4]
+    assert checkpoints(settings) == ["step-4"]
+    for found, whole in zip(pool.run(2, start, settings), straight, strict=True):
+        assert found.read == whole.read[4:]
+        assert found.state == whole.state
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def refused(rank: int, world: int, variants: list[TrainSettings]) -> list[str]:
+    messages = []
+    for settings in variants:
+        with pytest.raises(ValueError, match="cannot resume") as caught:
+            Trainer(settings, torch.device("cpu"))
+        messages.append(str(caught.value))
+    return messages
+
+
+def test_resume_with_other_data_or_another_model_is_refused_by_name(pool, settings_of, tmp_path):
+    (tmp_path / "other").mkdir()
+    other_text = write_text(tmp_path / "other", num_files=20)
+    settings = settings_of("ring 2", training={"steps": 1})
+    pool.run(2, start, settings)
+    files = contents(settings.job.folder)
+    variants = {
+        "data.seed = 3 (here 4)": {"data": {"seed": 4}},
+        "data.seed = 3 (here 5)": {"debug": {"seed": 5}},
+        "data.validation_fraction = 0.1 (here 0.2)": {"data": {"validation_fraction": 0.2}},
+        "data.fingerprint = ": {"data": {"paths": (other_text,)}},
+        "layers.0.attention.wq.weight (float64[32, 32] in the checkpoint, float64[16, 16] here)": {
+            "model": {"dim": 16}
+        },
+        "not in the checkpoint: model.layers.2.": {"model": {"num_layers": 3}},
+    }
+    for messages in pool.run(2, refused, [settings_of("ring 2", **keys) for keys in variants.values()]):
+        for told, message in zip(variants, messages, strict=True):
+            assert told in message
+            assert "another job.name" in message
+    assert contents(settings.job.folder) == files
+
+
+# --- validation -------------------------------------------------------------------------------------------------------
+
+
+def test_resume_and_training_do_not_notice_a_validation(pool, settings_of):
+    without = pool.run(2, start, settings_of("fsdp 2", "without"))
+    settings = settings_of("fsdp 2", "with", validation={"enable": True, "freq": 1, "steps": 2})
+    with_it = pool.run(2, start, settings)
+    assert steps_of(with_it[0], "validation") == [0, 1, 2, 3, 4, 5, 6]
+    assert len(set(with_it[0].numbers("validation").values())) == 7
+    assert with_it[0].numbers() == without[0].numbers()
+    for some, none in zip(with_it, without, strict=True):
+        assert (some.read, some.drawn, some.state) == (none.read, none.drawn, none.state)

@@ -1,0 +1,249 @@
+"""The settings as a whole: every key is read, what is wrong between sections, and the file of them."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from keys_read import unread
+
+import cptrain
+from cptrain.config import ConfigError, dump, keys, load, parse_command_line, preset_names, presets_folder
+from cptrain.train.settings import TrainingConfig, TrainingStage, TrainSettings
+
+PACKAGE = Path(cptrain.__file__).parent
+SECTIONS = [*dict.fromkeys(key.path.split(".")[0] for key in keys(TrainSettings))]
+MODEL = ["--model.dim=64", "--model.num_layers=2", "--model.num_heads=8", "--model.num_kv_heads=4"]
+
+
+def test_settings_are_all_read() -> None:
+    """Every key is read by code that does something; keys_read.py says what counts."""
+    assert unread(PACKAGE) == []
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What is found unread when every section has three more keys.
+
+    `unused` is named nowhere else, `checked` is looked at by the section's own `problems` only, and `seq_len`, `seed`
+    and `size`, of which each section gets one that it does not have, are read from other objects everywhere.
+    """
+    package = tmp_path_factory.mktemp("planted") / "cptrain"
+    shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in package.glob("*/settings.py"):
+        text = re.sub(
+            r"(?m)^(class (\w+)(?:Config|Stage):\n(?:    \"\"\".*\"\"\"\n\n)?)",
+            lambda found: (
+                found[1]
+                + '    unused: int = setting(1, "")\n    checked: int = setting(1, "")\n'
+                + f'    {"size" if found[2] == "Training" else "seq_len"}: int = setting(1, "")\n'
+            ),
+            path.read_text(),
+        )
+        text = text.replace(
+            "    def problems(self) -> Iterator[Problem]:\n",
+            "    def problems(self) -> Iterator[Problem]:\n        assert self.checked > 0 and self._checks()\n\n"
+            "    def _checks(self) -> bool:\n        return self.checked > 1\n\n"
+            "    def more_problems(self) -> Iterator[Problem]:\n",
+        )
+        path.write_text(text)
+    return unread(package)
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_settings_that_nothing_reads_are_found(planted: list[str], section: str) -> None:
+    names = {"unused", "checked", "size" if section == "training" else "seq_len"}
+    assert {f"{section}.{name}" for name in names} <= set(planted)
+
+
+def test_settings_that_nothing_reads_are_found_in_arrays_of_tables(planted: list[str]) -> None:
+    assert {"training.stages[].unused", "training.stages[].checked"} <= set(planted)
+
+
+def test_settings_that_are_read_are_not_suspected(planted: list[str]) -> None:
+    names = {"unused", "checked", "size", "seq_len"}
+    assert [path for path in planted if path.rpartition(".")[2] not in names] == unread(PACKAGE)
+
+
+# --- what spans several sections --------------------------------------------------------------------------------------
+
+
+def problems_of(world_size: int | None, *flags: str) -> list[str]:
+    try:
+        load(TrainSettings, overrides=[*MODEL, *flags], world_size=world_size)
+    except ConfigError as error:
+        return list(error.problems)
+    return []
+
+
+# (world size, flags, the key that is at fault, what its message says, and for "set it to" flags that then go with it)
+WRONG = [
+    (2, ["training.seq_len=90", "parallelism.ring_degree=2"], "training.seq_len", "multiple of 4", "88 or 92"),
+    (8, ["training.seq_len=100", "parallelism.ring_degree=8"], "training.seq_len", "multiple of 16", "96 or 112"),
+    (8, ["training.seq_len=7", "parallelism.ulysses_degree=8"], "training.seq_len", "multiple of 16", "16"),
+    (
+        8,
+        ["training.seq_len=36", "parallelism.ring_degree=2", "parallelism.tensor_parallel_degree=4"],
+        "training.seq_len",
+        "must be a multiple of 8 = context degree 2 x lcm(2, tensor degree 4)",
+        "32 or 40",
+    ),
+    (
+        4,
+        ["training.seq_len=1022", "parallelism.tensor_parallel_degree=4"],
+        "training.seq_len",
+        "must be a multiple of 4 = context degree 1 x lcm(2, tensor degree 4)",
+        "1020 or 1024",
+    ),
+    (
+        1,
+        ["training.global_batch_size=6", "training.local_batch_size=4"],
+        "training.global_batch_size",
+        "must be a multiple of local_batch_size 4 x 1 data-parallel ranks",
+        "8",
+    ),
+    (
+        8,
+        ["training.global_batch_size=7", "training.local_batch_size=1", "parallelism.ring_degree=2"],
+        "training.global_batch_size",
+        "must be a multiple of local_batch_size 1 x 4 data-parallel ranks",
+        "8",
+    ),
+    (
+        2,
+        ["model.ffn_dim=255", "parallelism.tensor_parallel_degree=2"],
+        "model.ffn_dim",
+        "255 does not divide over the tensor degree 2",
+        "256",
+    ),
+    (
+        4,
+        ["model.vocab_size=301", "parallelism.tensor_parallel_degree=4"],
+        "model.vocab_size",
+        "301 does not divide over the tensor degree 4",
+        "304",
+    ),
+    (1, ["model.vocab_size=256"], "model.vocab_size", "the tokenizer has 259 ids", "259"),
+    (1, ["data.validation_fraction=0"], "data.validation_fraction", "validation needs held-out text", "0.01"),
+]
+
+
+@pytest.mark.parametrize(("world", "flags", "key", "rule", "fix"), WRONG)
+def test_settings_between_sections_are_refused_with_their_fix(
+    world: int, flags: list[str], key: str, rule: str, fix: str
+) -> None:
+    (problem,) = problems_of(world, *[f"--{flag}" for flag in flags])
+    assert problem.startswith(f"{key} = ") and rule in problem
+    assert re.search(rf"set it to {re.escape(fix)}( |,|$)", problem)
+
+
+@pytest.mark.parametrize(("world", "flags", "key", "rule", "fix"), WRONG)
+def test_settings_fix_of_a_message_mends_it(world: int, flags: list[str], key: str, rule: str, fix: str) -> None:
+    for value in fix.split(" or "):
+        assert problems_of(world, *[f"--{flag}" for flag in flags], f"--{key}={value}") == []
+
+
+@pytest.mark.parametrize(
+    ("world", "flags", "key", "rule"),
+    [
+        (3, ["ring_degree=2"], "data_parallel_shard_degree", "= 2 does not divide the world size 3"),
+        (1, ["context_parallel_degree=2"], "data_parallel_shard_degree", "run on a multiple of 2 ranks"),
+        (8, ["data_parallel_shard_degree=2"], "data_parallel_shard_degree", "but the world size is 8; run on 2 ranks"),
+        (8, ["data_parallel_replicate_degree=3"], "data_parallel_shard_degree", "does not divide the world size 8"),
+        (3, ["tensor_parallel_degree=3"], "tensor_parallel_degree", "8 heads and 4 kv heads allow 1, 2, 4"),
+        (8, ["tensor_parallel_degree=8"], "tensor_parallel_degree", "8 heads and 4 kv heads allow 1, 2, 4"),
+        (3, ["ulysses_degree=3"], "ulysses_degree", "8 heads and 4 kv heads over tensor degree 1 allow 1, 2, 4, 8"),
+        (
+            16,
+            ["ulysses_degree=8", "tensor_parallel_degree=2"],
+            "ulysses_degree",
+            "8 heads and 4 kv heads over tensor degree 2 allow 1, 2, 4",
+        ),
+        (8, ["context_parallel_degree=8", "ring_degree=3"], "context_parallel_degree", "ring x ulysses = 3 x 2 = 6"),
+        (4, ["context_parallel_method=ring", "ulysses_degree=4"], "ulysses_degree", 'the method "ring" needs 1'),
+        (4, ["context_parallel_method=ulysses", "ring_degree=4"], "ring_degree", 'the method "ulysses" needs 1'),
+        (4, ["context_parallel_method=hybrid", "ring_degree=4"], "context_parallel_method", "here 4 x 1"),
+    ],
+)
+def test_settings_degrees_that_do_not_fit_are_refused(world: int, flags: list[str], key: str, rule: str) -> None:
+    (problem,) = problems_of(world, *[f"--parallelism.{flag}" for flag in flags])
+    assert problem.startswith(f"parallelism.{key} = ") and rule in problem
+
+
+def test_settings_need_the_world_size_for_what_depends_on_it_only() -> None:
+    flags = ["--parallelism.ring_degree=8", "--training.seq_len=100", "--data.validation_fraction=0"]
+    assert [problem.partition(" ")[0] for problem in problems_of(None, *flags)] == ["data.validation_fraction"]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        [],
+        ["--training.gc_freq=0"],
+        ["--optimizer.lr=-1", "--checkpoint.interval=0"],
+        ["--training.max_norm=0", "--parallelism.ring_inner_degree=0"],
+    ],
+)
+def test_settings_report_all_problems_at_once(bad: list[str]) -> None:
+    """What is wrong between sections does not wait for what is wrong in one of them, where it does not rest on it."""
+    flags = ["--training.seq_len=1001", "--training.global_batch_size=3", "--data.validation_fraction=0"]
+    flags += ["--data.num_workers=-1", "--parallelism.data_parallel_shard_degree=2"]
+    found = {problem.partition(" ")[0] for problem in problems_of(2, *flags, *bad)}
+    expected = {flag[2:].partition("=")[0] for flag in [*flags, *bad]} - {"parallelism.data_parallel_shard_degree"}
+    if "--parallelism.ring_inner_degree=0" in bad:  # there are no degrees to measure lengths and batches by
+        expected -= {"training.seq_len", "training.global_batch_size"}
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("stage", "problem"),
+    [
+        (
+            "seq_len = 66\nring_degree = 2",
+            "training.stages[1].seq_len = 66 (run.toml:7): must be a multiple of 4 = context degree 2 x "
+            "lcm(2, tensor degree 1); set it to 64 or 68",
+        ),
+        (
+            "ring_degree = 4",
+            "parallelism.data_parallel_shard_degree = -1 (default): in training.stages[1]: replicate 1 x ring 4 x "
+            "ulysses 1 x tensor 1 = 4 does not divide the world size 2; run on a multiple of 4 ranks, or lower one of "
+            "the degrees",
+        ),
+        (
+            "local_batch_size = 2",
+            "training.global_batch_size = 2 (run.toml:3): in training.stages[1]: must be a multiple of "
+            "local_batch_size 2 x 2 data-parallel ranks; set it to 4",
+        ),
+        (
+            "ulysses_degree = 3",
+            "training.stages[1].ulysses_degree = 3 (run.toml:7): 8 heads and 4 kv heads over tensor degree 1 allow "
+            "1, 2, 4, 8; or give the rest to ring_degree",
+        ),
+    ],
+)
+def test_settings_problem_of_a_stage_names_the_line_that_caused_it(tmp_path: Path, stage: str, problem: str) -> None:
+    text = "[training]\nseq_len = 64\nglobal_batch_size = 2\n[[training.stages]]\nsteps = 1\n[[training.stages]]\n"
+    (tmp_path / "run.toml").write_text(text + stage)
+    with pytest.raises(ConfigError) as caught:
+        load(TrainSettings, [tmp_path / "run.toml"], overrides=MODEL, world_size=2, presets=tmp_path)
+    assert list(caught.value.problems) == [problem]
+
+
+# --- the file ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", preset_names(presets_folder()))
+def test_settings_of_a_preset_print_and_load_again(tmp_path: Path, preset: str) -> None:
+    command = parse_command_line(["--config", preset, "--print-config"], TrainSettings, prog="train", environ={})
+    (tmp_path / "printed.toml").write_text(command.text)
+    assert load(TrainSettings, [tmp_path / "printed.toml"]) == command.settings
+
+
+def test_settings_with_stages_print_and_load_again(tmp_path: Path) -> None:
+    stage = TrainingStage(steps=3, seq_len=128, context_parallel_method="all_gather", ring_degree=2)
+    settings = TrainSettings(training=TrainingConfig(stages=(stage, TrainingStage())))
+    (tmp_path / "printed.toml").write_text(dump(settings))
+    overrides = MODEL[:3]
+    assert load(TrainSettings, [tmp_path / "printed.toml"], overrides=overrides).training == settings.training

@@ -1,0 +1,265 @@
+"""`python -m cptrain.train`: what it says and how it ends, with and without torchrun."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import resource
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cptrain.checkpoint.settings import CheckpointConfig
+from cptrain.config import preset_names, presets_folder
+from cptrain.train import run as run_module
+from cptrain.train.__main__ import main
+from cptrain.train.settings import TrainSettings
+
+ROOT = Path(__file__).resolve().parent.parent
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID", "SLURM_NTASKS")
+
+BAD = """\
+[model]
+flavor = "debug"
+[training]
+seq_len = 1001
+steps = 0
+[optimizer]
+learning_rate = 1e-3
+[parallelism]
+cp_size = 2
+ring_degree = 2
+"""
+BAD_PROBLEMS = """\
+5 problems in the settings:
+  optimizer.learning_rate = 0.001 (bad.toml:7): unknown key; did you mean `optimizer.lr`?
+  parallelism.cp_size = 2 (bad.toml:9): unknown key; did you mean `parallelism.context_parallel_degree`?
+  data.num_workers = -1 (flag --data.num-workers): must not be negative; set it to 0
+  training.steps = 0 (bad.toml:5): must be at least 1
+  training.seq_len = 1001 (bad.toml:4): must be a multiple of 4 = context degree 2 x lcm(2, tensor degree 1); set it \
+to 1000 or 1004
+"""
+
+
+@dataclass
+class Ended:
+    code: int
+    out: str
+    err: str
+    cpu_s: float  # wall time depends on who else is at work on the machine
+
+
+def run(*arguments: str, cwd: Path) -> Ended:
+    """`python` with these arguments in a folder, to its end."""
+    environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
+    environment["PYTHONPATH"] = str(ROOT)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Ended(done.returncode, done.stdout, done.stderr, cpu_s)
+
+
+def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What the command line prints, run in this process."""
+    for name in LAUNCHER:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys, "argv", ["cptrain.train", *arguments])
+    main()
+    return capsys.readouterr().out
+
+
+def ranks_of(preset: str) -> str:
+    found = re.search(r"(?m)^# ranks: (\d+)$", (presets_folder() / f"{preset}.toml").read_text())
+    assert found, f"{preset}.toml does not say for how many ranks it is"
+    return found[1]
+
+
+# --- one process ------------------------------------------------------------------------------------------------------
+
+
+def test_train_cli_bad_config_ends_with_all_problems_and_code_2(tmp_path: Path) -> None:
+    (tmp_path / "bad.toml").write_text(BAD)
+    arguments = ["--config", "bad.toml", "--data.num-workers", "-1", "--dry-run", "--world-size", "2"]
+    ended = run("-m", "cptrain.train", *arguments, cwd=tmp_path)
+    assert (ended.code, ended.out, ended.err) == (2, "", BAD_PROBLEMS)
+    assert ended.cpu_s < 1.5
+
+
+def test_train_cli_help_takes_under_a_second(tmp_path: Path) -> None:
+    ended = run("-m", "cptrain.train", "--help", cwd=tmp_path)
+    assert (ended.code, ended.err) == (0, "")
+    assert ended.out.startswith("usage: python -m cptrain.train --config NAME")
+    assert ended.cpu_s < 1
+
+
+@pytest.mark.parametrize("section", ["training", "model", "parallelism.ring_degree"])
+def test_train_cli_help_of_a_section_lists_its_keys(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], section: str
+) -> None:
+    out = here(monkeypatch, capsys, "--help", section)
+    assert f"  {section}" in out and "[metrics]" not in out
+
+
+def test_train_cli_dry_run_says_what_each_rank_holds(tmp_path: Path) -> None:
+    ended = run("-m", "cptrain.train", "--config", "debug_4d", "--dry-run", "--world-size", "8", cwd=tmp_path)
+    assert (ended.code, ended.err) == (0, "")
+    said = dict(re.split(r"  +", line, maxsplit=1) for line in ended.out.splitlines())
+    assert said["mesh"] == "dp_replicate 1 x dp_shard 1 x ring 2 x ulysses 2 x tp 2 = 8 ranks"
+    assert said["sequence"] == "1,024 tokens, 256 per rank"
+    assert said["batch"].startswith("2 sequences = 2,048 tokens per step: 2 micro-batches of 1 on 1 data-parallel rank")
+    assert "377,472 parameters" in said["model"]
+    # 8 heads and 4 kv heads of 16: halved by tensor parallel, then by Ulysses, which gathers half of the sequence.
+    assert said["per rank"].endswith(
+        "47,184 parameters; tokens [1, 256], attention sees q [1, 2, 512, 16], k and v [1, 1, 512, 16] at a time"
+    )
+    assert ended.cpu_s < 1.5
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("preset", preset_names(presets_folder()))
+def test_train_cli_dry_run_of_a_preset(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], preset: str
+) -> None:
+    ranks = ranks_of(preset)
+    assert f" = {ranks} ranks\n" in here(monkeypatch, capsys, "--config", preset, "--dry-run", "--world-size", ranks)
+
+
+def test_train_cli_takes_a_path_from_any_folder(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "mine.toml").write_text('job.name = "mine"\n')
+    monkeypatch.chdir(tmp_path)
+    out = here(monkeypatch, capsys, "--config", "debug", "below/mine.toml", "--dry-run", "--world-size=2")
+    assert "mine, writes to outputs/mine\n" in out
+
+
+def test_train_cli_dry_run_takes_the_launchers_world_size(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in LAUNCHER:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setattr(sys, "argv", ["cptrain.train", "--config", "debug", "--dry-run"])
+    main()
+    assert "dp_shard 4 x ring 2 x ulysses 1 x tp 1 = 8 ranks" in capsys.readouterr().out
+
+
+def test_train_cli_dry_run_shows_every_stage(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    # What the stages replace need not fit the ranks by itself: no step ever runs with it.
+    stages = "[parallelism]\nring_degree = 3\n[[training.stages]]\nring_degree = 1\nseq_len = 512\n"
+    (tmp_path / "staged.toml").write_text(stages + "[[training.stages]]\nring_degree = 2\nseq_len = 4096\n")
+    out = here(
+        monkeypatch, capsys, "--config", "debug", str(tmp_path / "staged.toml"), "--dry-run", "--world-size", "4"
+    )
+    first, second = out.split("\n\n")
+    assert "dp_shard 4 x ring 1" in first and "512 tokens, 512 per rank" in first
+    assert "dp_shard 2 x ring 2" in second and "4,096 tokens, 2,048 per rank" in second
+
+
+# --- how a run ends ---------------------------------------------------------------------------------------------------
+
+
+class FakeTrainer:
+    """Stops at step 7 as it was told."""
+
+    stopped_by = ""
+    step = 7
+
+    def train(self) -> str:
+        return self.stopped_by
+
+    def __enter__(self) -> FakeTrainer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def run_with(monkeypatch: pytest.MonkeyPatch, trainer: Any, **checkpoint: bool) -> None:
+    """`run` without a process group, and with `trainer` in place of the class."""
+    monkeypatch.setattr(run_module, "process_group", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(run_module.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(run_module, "Trainer", trainer)
+    monkeypatch.setattr(run_module.logger, "handlers", [])
+    monkeypatch.setattr(run_module.logger, "propagate", True)
+    monkeypatch.setattr(run_module.logger, "level", 0)
+    monkeypatch.setattr(sys, "argv", ["cptrain.train", "--config", "debug", "--data.paths", "my text/*.txt"])
+    for name in LAUNCHER:
+        monkeypatch.delenv(name, raising=False)
+    run_module.run(TrainSettings(checkpoint=CheckpointConfig(**checkpoint)))
+
+
+@pytest.mark.parametrize("kind", [ValueError, NotImplementedError])
+def test_train_cli_what_does_not_fit_ends_with_code_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: type[Exception]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise kind("data.paths: no such file")
+
+    with pytest.raises(SystemExit) as caught:
+        run_with(monkeypatch, refuse)
+    assert caught.value.code == 2
+    assert capsys.readouterr() == ("", "data.paths: no such file\n")
+
+
+def test_train_cli_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise KeyError("a bug")
+
+    with pytest.raises(KeyError):
+        run_with(monkeypatch, fail)
+
+
+def test_train_cli_stopped_run_prints_a_command_to_paste(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(FakeTrainer, "stopped_by", "SIGTERM")
+    run_with(monkeypatch, lambda *_: FakeTrainer())
+    first, second = (line.split("  ", 1)[1] for line in capsys.readouterr().out.splitlines())
+    assert first == "stopped by SIGTERM after step 7; the same command goes on from there:"
+    assert shlex.split(second)[2:] == ["cptrain.train", *sys.argv[1:]]
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert run_module.resume_command().startswith("torchrun --nproc-per-node 2 -m cptrain.train --config debug")
+
+
+def test_train_cli_stopped_run_without_checkpoints_does_not_promise_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(FakeTrainer, "stopped_by", "SIGTERM")
+    run_with(monkeypatch, lambda *_: FakeTrainer(), enable=False)
+    out = capsys.readouterr().out
+    assert out.endswith("stopped by SIGTERM after step 7; nothing is saved: checkpoint.enable = false\n")
+
+
+def test_train_cli_finished_run_says_nothing_of_going_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_with(monkeypatch, lambda *_: FakeTrainer())
+    assert capsys.readouterr().out == ""
+
+
+# --- torchrun ---------------------------------------------------------------------------------------------------------
+
+
+def test_train_cli_bad_config_under_torchrun_is_told_once(tmp_path: Path) -> None:
+    (tmp_path / "bad.toml").write_text(BAD)
+    ended = run(*TORCHRUN, "-m", "cptrain.train", "--config", "bad.toml", "--data.num-workers", "-1", cwd=tmp_path)
+    assert ended.err.count(BAD_PROBLEMS) == ended.err.count("problems in the settings") == 1
+    assert ended.err.count("Traceback") == 1 and "ChildFailedError" in ended.err  # torchrun's own, not of a rank
+    assert "exitcode  : 2" in ended.err and ended.code == 1  # the first rank to end, and what torchrun makes of it
+    assert ended.out == ""
+    assert list(tmp_path.iterdir()) == [tmp_path / "bad.toml"]
