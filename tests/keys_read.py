@@ -4,10 +4,10 @@
 A key counts when code reads the attribute of that name from something known to be its section: a parameter or field
 annotated with the section's class, a section of one (or an item of an array of them), what a method of one returns by
 its annotation, or a variable or attribute of `self` that any of these was assigned to. `settings.debug.seed` is no read
-of `data.seed`. Code in a settings.py counts only as far
-as other code calls it, by name, directly or through each other; `problems` never does: checking a value is not using
-it. Nor does train/report.py: showing a value is not using it either. `getattr(section, key)` with a key that is no
-literal reads every string in its function and in the constants of its module that the function names.
+of `data.seed`. Code in a settings.py counts only as far as other code calls it, by name, directly or through each
+other; `problems` never does: checking a value is not using it. Nor do train/report.py and check/: showing a value, or
+proving one right, is not using it either. `getattr(section, key)` with a key that is no literal reads every string in
+its function and in the constants of its module that the function names.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT_SECTION = "TrainSettings"
-SHOWS_ONLY = "train/report.py"
+SHOWS_ONLY = ("train/report.py", "check/")
 
 # class -> key -> class of that inner section, "Class[]" for an array of them, "" for a leaf; and class -> "method()" ->
 # class of the section that it returns
@@ -80,7 +80,7 @@ def unread(package: Path) -> list[str]:
                 if name != "problems":
                     unit = _read(function, owner, tree, sections)
                     callable_units.setdefault(name, []).append(unit)
-        elif path != SHOWS_ONLY:
+        elif not path.startswith(SHOWS_ONLY):
             _merge(reached, _read_module(tree, sections))
     while called := reached.names & callable_units.keys():
         for name in called:

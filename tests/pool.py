@@ -45,6 +45,7 @@ def _serve(connection: multiprocessing.connection.Connection, path: list[str]) -
 def _run(module: str, name: str, rank: int, world: int, store: str, args: tuple, kwargs: dict) -> Any:
     import torch
     import torch.distributed as dist
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
     function: Any = importlib.import_module(module)
     for part in name.split("."):
@@ -58,6 +59,8 @@ def _run(module: str, name: str, rank: int, world: int, store: str, args: tuple,
         return function(rank, world, *args, **kwargs)
     finally:
         dist.destroy_process_group()
+        # DTensor remembers results of sharding propagation together with meshes, whose groups have just ended.
+        _clear_sharding_prop_cache()
         torch._dynamo.reset() if "torch._dynamo" in sys.modules else None
         gc.collect()
 

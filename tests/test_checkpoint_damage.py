@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
+import io
 import os
 import pickle
 import shutil
@@ -151,6 +153,33 @@ def test_checkpoint_payload_is_refused_and_not_run(tmp_path, function, place):
         make(tmp_path, load_step=2).load(tensors(0))
     pickle.loads((tmp_path / "checkpoint/step-2/.metadata").read_bytes())
     assert marker.exists(), "the payload is a dud: this test shows nothing"
+
+
+class OldPickler(pickle.Pickler):
+    """Pickles members of enums as Python 3.11.0 to 3.11.3 do."""
+
+    def reducer_override(self, value: Any) -> Any:
+        return (getattr, (type(value), value.name)) if isinstance(value, enum.Enum) else NotImplemented
+
+
+def test_checkpoint_of_an_earlier_python_loads(tmp_path):
+    save(tmp_path, 1, 2)
+    path = tmp_path / "checkpoint/step-2" / storage.METADATA
+    with io.BytesIO() as content:
+        OldPickler(content).dump(pickle.loads(path.read_bytes()))
+        assert b"getattr" in content.getvalue()
+        path.write_bytes(content.getvalue())
+    record = Manifest.from_text((path.parent / manifest.NAME).read_text())
+    signed = dataclasses.replace(record, files={**record.files, storage.METADATA: files.digest(path)})
+    (path.parent / manifest.NAME).write_text(signed.to_text())
+    assert_loads(tmp_path, 2)
+
+
+def test_checkpoint_attributes_of_what_is_no_enum_are_refused(tmp_path):
+    save(tmp_path, 1, 2)
+    forge(tmp_path / "checkpoint/step-2", lambda metadata: Payload(getattr, Metadata, "__init__"))
+    with pytest.raises(RuntimeError, match=r"step-2: \.metadata asks for an attribute of .*Metadata"):
+        make(tmp_path, load_step=2).load(tensors(0))
 
 
 @pytest.mark.parametrize("kind", ["relative", "absolute", "unlisted"])

@@ -1,11 +1,12 @@
-"""The rule of layers: a room imports lower ones only, never a sibling; private names of torch stay where they are listed.
+"""A room imports lower layers only, never a sibling; private names of torch stay where they are listed.
 
 | layer | rooms |
 |---|---|
 | 0 | config, distributed (which may import config) |
 | 1 | context_parallel, models |
 | 2 | parallel, loss, optim, data, checkpoint, metrics |
-| 3 | train |
+| 3 | train, check (which may import train) |
+| 4 | check, which proves what train would do |
 """
 
 from __future__ import annotations
@@ -28,8 +29,10 @@ LAYERS = (
     ("context_parallel", "models"),
     ("parallel", "loss", "optim", "data", "checkpoint", "metrics"),
     ("train",),
+    ("check",),
 )
-SIBLINGS_ALLOWED = {("distributed", "config")}
+PROGRAMS = ("train", "check")  # these may ask the package itself for its version
+SIBLINGS_ALLOWED = {("distributed", "config"), ("check", "train")}
 # Rooms that another project can lift out: what they may import apart from the standard library and lower layers.
 LIBRARIES = {"context_parallel": {"torch"}}
 
@@ -114,13 +117,18 @@ def layer_faults(root: Path) -> list[str]:
                     faults.append(f"{path}:{line}: {room} imports its sibling {other}")
                 elif layer[other] > layer[room]:
                     faults.append(f"{path}:{line}: {room} imports {other} of a higher layer")
-            elif other not in layer and layer[room] < len(LAYERS) - 1:
+            elif other not in layer and room not in PROGRAMS:
                 faults.append(f"{path}:{line}: {room} imports {name}, which no room below it holds")
     return faults
 
 
 def is_private(part: str) -> bool:
     return part.startswith("_") and not part.endswith("__")
+
+
+def is_aten(value: object) -> bool:
+    """Whether a constant is the name of a private operator."""
+    return isinstance(value, str) and bool(re.fullmatch(r"_\w+", value)) and hasattr(torch.ops.aten, value)
 
 
 def private_names(tree: ast.Module) -> set[str]:
@@ -150,9 +158,8 @@ def private_names(tree: ast.Module) -> set[str]:
             target, name = node.args[:2]
             if isinstance(target, ast.Name) and isinstance(name, ast.Constant):
                 found.add(f"{aliases.get(target.id, target.id)}.{name.value}")
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and re.fullmatch(r"_\w+", node.value):
-            if hasattr(torch.ops.aten, node.value):
-                found.add(f"aten::{node.value}")
+        elif isinstance(node, ast.Constant) and is_aten(node.value):
+            found.add(f"aten::{node.value}")
     return {
         name
         for name in found
@@ -241,7 +248,7 @@ def test_layers_settings_and_the_package_import_no_torch() -> None:
         f"cptrain.{path.removesuffix('.py').replace('/', '.')}" for path, _ in modules(ROOT) if "settings" in path
     ]
     assert len(settings) > 6
-    names = ["cptrain", *settings, "cptrain.config.command", "cptrain.train.report", "cptrain.train.__main__"]
+    names = ["cptrain", *settings, "cptrain.config.command", "cptrain.train.report", "cptrain.train.__main__", "cptrain.check.__main__"]
     code = f"import sys, {', '.join(names)}\nprint(sorted({{'torch', 'numpy', 'tensorboard'}} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr, done.returncode) == ("[]\n", "", 0)

@@ -151,7 +151,7 @@ def test_parallel_model_whose_blocks_are_compiled_has_the_gradients_of_one_proce
 def gradients_by_microbatch(rank: int, world: int) -> None:
     parallel, meshes = build(Degrees(dp_shard=2))
     for last in (False, True):
-        parallel.set_last_microbatch(last)
+        parallel.set_reduction(last)
         loss_of(parallel, meshes).backward()
         if not last:
             assert all(parameter.grad is None for parameter in parallel.model.parameters()), "reduced too early"

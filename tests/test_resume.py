@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import hashlib
 import json
 import logging
@@ -380,6 +381,7 @@ def test_resume_is_possible_after_any_signal(pool, settings_of, numbers):
 def end_by_two_interrupts(rank: int, world: int, settings: TrainSettings) -> None:
     with pytest.raises(KeyboardInterrupt):
         leg(settings, signals={6: [signal.SIGINT, signal.SIGINT]})
+    assert gc.isenabled(), "a run that fails leaves the process as it found it"
 
 
 def test_resume_after_a_crash_takes_the_lost_steps_again(pool, settings_of):

@@ -34,7 +34,7 @@ def variants(folder: Path, text: str, degrees: dict[str, int], world: int) -> di
         f"checkpointing {mode}, accumulation {accumulation}": small_settings(
             folder / f"{mode}-{accumulation}",
             text,
-            parallelism=degrees,
+            parallelism={**degrees, "fsdp_reduce_each_microbatch": mode == "full"},
             activation_checkpoint={"mode": mode},
             training={"local_batch_size": GLOBAL_BATCH // (data * accumulation)},
             data={"cache_dir": str(folder / "cache")},

@@ -13,6 +13,7 @@ import math
 import pickle
 import warnings
 from collections.abc import Iterator, Mapping
+from enum import EnumMeta
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,16 @@ class _Unpickler(pickle.Unpickler):
             return super().find_class(module, name)
         if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
             return found
+        if (module, name) == ("builtins", "getattr"):
+            return _enum_member
         raise Damaged(f"{METADATA} asks for {module}.{name}, which tensor metadata never needs: it may be an attack")
+
+
+def _enum_member(owner: Any, name: str) -> Any:
+    """A member of an enum, which Python 3.11.0 to 3.11.3 pickle as a call of getattr; no attribute of anything else."""
+    if not isinstance(owner, EnumMeta):
+        raise Damaged(f"{METADATA} asks for an attribute of {owner!r}, which tensor metadata never needs")
+    return owner[name]
 
 
 class _Reader(dcp.FileSystemReader):

@@ -44,6 +44,9 @@ class ParallelismConfig:
     )
     context_parallel_overlap: bool = setting(True, "compute while keys travel; false measures what that is worth")
     tensor_parallel_degree: int = setting(1, "ranks that share each weight matrix (Megatron TP + sequence parallel)")
+    fsdp_reduce_each_microbatch: bool = setting(
+        False, "accumulate sharded gradients (one reduction per micro-batch) instead of whole ones (one per step)"
+    )
     fsdp_reshard_after_forward: bool = setting(
         True, "free a block's gathered parameters after its forward; false gathers once a step and keeps them"
     )

@@ -36,10 +36,10 @@ class ParallelModel:
     context: ContextParallel
     context_modules: list[str]
 
-    def set_last_microbatch(self, last: bool) -> None:
-        """Gradients are reduced over ranks in the backward pass of the last micro-batch only."""
+    def set_reduction(self, reduces: bool) -> None:
+        """Whether the next backward pass reduces gradients over ranks, or keeps them whole and in reduce_dtype here."""
         if isinstance(self.model, FSDPModule):
-            self.model.set_requires_gradient_sync(last)
+            self.model.set_requires_gradient_sync(reduces)
 
 
 def parallelise(

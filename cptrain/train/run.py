@@ -32,7 +32,9 @@ def run(settings: TrainSettings) -> None:
             logger.info(f"stopped by {stopped_by} after step {trainer.step}; the same command goes on from there:")
             logger.info(f"  {resume_command()}")
         elif stopped_by:
-            logger.info(f"stopped by {stopped_by} after step {trainer.step}; nothing is saved: checkpoint.enable = false")
+            logger.info(
+                f"stopped by {stopped_by} after step {trainer.step}; nothing is saved: checkpoint.enable = false"
+            )
 
 
 def resume_command() -> str:

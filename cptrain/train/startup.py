@@ -89,4 +89,4 @@ def title(plan: ContextParallel) -> str:
     if plan.ring_inner_degree > 1:
         ring += f" (inner {plan.ring_inner_degree})"
     parts = [ring] * (plan.ring_degree > 1) + [f"ulysses {plan.ulysses_degree}"] * (plan.ulysses_degree > 1)
-    return (" x ".join(parts) or "one rank") + (f", {plan.layout}" if plan.ring_degree > 1 else "")
+    return (" x ".join(parts) or "whole sequences on each rank") + (f", {plan.layout}" if plan.ring_degree > 1 else "")

@@ -164,7 +164,8 @@ class Trainer:
         valid = max(self._sum_over_ranks(valid_here) // self.meshes.degrees.tp, 1)
         loss_here = torch.zeros((), dtype=torch.float64, device=self.device)
         for index, shard in enumerate(shards):
-            self.parallel.set_last_microbatch(index == len(shards) - 1)
+            last = index == len(shards) - 1
+            self.parallel.set_reduction(last or settings.parallelism.fsdp_reduce_each_microbatch)
             head = partial(cross_entropy_sum, labels=shard.labels)
             loss = self.model(shard.tokens, shard.positions, head=head)
             # A sum over the global count: no factor of any degree anywhere, and ranks without valid tokens take part.
