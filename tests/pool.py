@@ -56,7 +56,9 @@ def _run(module: str, name: str, rank: int, world: int, store: str, args: tuple,
         "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timedelta(seconds=60)
     )
     try:
-        return function(rank, world, *args, **kwargs)
+        result = function(rank, world, *args, **kwargs)
+        dist.barrier()  # nobody hangs up while another is still connecting to a group
+        return result
     finally:
         dist.destroy_process_group()
         # DTensor remembers results of sharding propagation together with meshes, whose groups have just ended.

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from test_context_parallel import on_two_axes, plan, qkv
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -120,6 +121,20 @@ def test_context_parallel_names_the_nearest_lengths_that_it_can_cut(pool):
         assert long.endswith(f"must be a multiple of {multiple}; try " + ("16 or 24" if multiple == 8 else "20 or 24"))
         assert (twelve == "no error") == (multiple == 4)
     assert all(empty.startswith("ValueError: a sequence of 0 tokens") for empty, *_ in found.values())
+
+
+def plan_beside_a_group_of_one_rank(rank: int, world: int) -> str:
+    dist.new_group([0])
+    try:
+        plan(2)
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+def test_context_parallel_refuses_ranks_with_different_groups_rather_than_wait_for_ever(pool):
+    for text in pool.run(2, plan_beside_a_group_of_one_rank):
+        assert text.startswith("ranks [0, 1] belong to between 2 and 3 process groups")
 
 
 def dtensor_refusals(rank: int, world: int) -> dict[str, str]:

@@ -53,7 +53,7 @@ X = torch.arange(1 * 2 * 4 * 3, dtype=torch.float64).view(1, 2, 4, 3)
 
 
 def is_replaced(module: nn.Module) -> bool:
-    return bool(getattr(module.forward, "is_context_parallel", False))
+    return bool(getattr(module.forward, "context_parallel_switch", None))
 
 
 def test_dispatch_returns_and_replaces_the_modules_that_match():
@@ -105,7 +105,21 @@ def test_dispatch_passes_mask_and_scale_given_by_position_or_name():
     apply(model, modules="?", attention=recorder)
     model[0](X, None, 0.0, True)
     model[1](X)
-    assert recorder.calls == [{"is_causal": True, "scale": None}, {"is_causal": True, "scale": 0.5}]
+    assert recorder.calls == [
+        {"is_causal": True, "window_size": None, "scale": None},
+        {"is_causal": True, "window_size": None, "scale": 0.5},
+    ]
+
+
+def test_dispatch_gives_each_module_the_window_it_was_applied_with():
+    model, recorder = nn.Sequential(Attention(is_causal=True), Attention(is_causal=True), Attention()), Recorder()
+    apply(model, modules=["0", "2"], attention=recorder, window_size=5)
+    apply(model, modules="1", attention=recorder)
+    model[0](X)
+    model[1](X)
+    assert [call["window_size"] for call in recorder.calls] == [5, None]
+    with pytest.raises(ValueError, match="window_size = 5: these modules call attention without is_causal=True"):
+        model[2](X)
 
 
 def test_dispatch_follows_a_deep_copy_to_the_parameters_of_the_copy():
@@ -120,7 +134,7 @@ def test_dispatch_follows_a_deep_copy_to_the_parameters_of_the_copy():
 def test_dispatch_of_a_pattern_that_matches_nothing_lists_what_looks_like_attention():
     model = nn.Sequential(Layer(self_attn=Attention(), mlp=nn.Identity()), Layer(self_attn=Attention()))
     with pytest.raises(
-        ValueError, match=r'"\*\.attention" matches no module of Sequential.*0\.self_attn, 1\.self_attn$'
+        ValueError, match=r"'\*\.attention' matches no module of Sequential.*0\.self_attn, 1\.self_attn$"
     ):
         apply(model, modules="*.attention", attention=Recorder())
 
@@ -134,23 +148,24 @@ def test_dispatch_of_a_module_that_never_calls_attention_fails_at_its_first_forw
 
 def test_dispatch_refuses_a_match_inside_another():
     model = nn.Sequential(Layer(attention=Attention()))
-    with pytest.raises(ValueError, match=r'"0\*" matches 0 and 0\.attention inside it'):
+    with pytest.raises(ValueError, match=r"'0\*' matches 0 and 0\.attention inside it"):
         apply(model, modules="0*", attention=Recorder())
 
 
-def test_dispatch_refuses_a_module_that_is_context_parallel_already():
-    model = nn.Sequential(Attention(), Attention())
-    apply(model, modules="1", attention=Recorder())
-    with pytest.raises(ValueError, match=r"^1 is context parallel already"):
-        apply(model, modules="?", attention=Recorder())
+def test_dispatch_of_a_module_that_is_context_parallel_already_switches_it_over():
+    model, before, after = nn.Sequential(Attention(is_causal=True), Attention(is_causal=True)), Recorder(), Recorder()
+    apply(model, modules="?", attention=before)
+    assert apply(model, modules="1", attention=after, window_size=2) == ["1"]
+    assert torch.equal(model(X), 9 * X)
+    assert [call["window_size"] for call in before.calls] == [None]
+    assert [call["window_size"] for call in after.calls] == [2]
 
 
 def test_dispatch_that_is_refused_changes_nothing():
     model = nn.Sequential(Attention(), Layer(attention=Attention()), Attention())
     apply(model, modules="2", attention=Recorder())
-    for modules in ("?", "[01]*"):
-        with pytest.raises(ValueError, match=r"already|inside it"):
-            apply(model, modules=modules, attention=Recorder())
+    with pytest.raises(ValueError, match="inside it"):
+        apply(model, modules="[01]*", attention=Recorder())
     assert [name for name, module in model.named_modules() if is_replaced(module)] == ["2"]
 
 

@@ -139,13 +139,20 @@ def test_parallel_model_over_eight_ranks_and_with_recompute_has_the_gradients_of
     pool.run(8, check_deep_combinations)
 
 
-def check_compiled(rank: int, world: int) -> None:
-    for degrees, mode in ((Degrees(ring=2), "none"), (Degrees(ring=2), "selective"), (Degrees(dp_shard=2), "full")):
+def check_compiled(rank: int, world: int, cases: list[tuple[Degrees, str]]) -> None:
+    for degrees, mode in cases:
         assert_equals_one_process(degrees, {"qk_norm": True}, mode=mode, compile_it=True)
 
 
-def test_parallel_model_whose_blocks_are_compiled_has_the_gradients_of_one_process(pool):
-    pool.run(2, check_compiled)
+@pytest.mark.parametrize(
+    ("world", "cases"),
+    [
+        (2, [(Degrees(ring=2), "selective"), (Degrees(dp_shard=2), "full"), (Degrees(tp=2), "none")]),
+        (4, [(Degrees(ring=2, tp=2), "selective")]),
+    ],
+)
+def test_parallel_model_whose_blocks_are_compiled_has_the_gradients_of_one_process(pool, world, cases):
+    pool.run(world, check_compiled, cases)
 
 
 def gradients_by_microbatch(rank: int, world: int) -> None:

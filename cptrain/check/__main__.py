@@ -7,6 +7,7 @@ Runs the configuration of a training at toy width on its own mesh and device, an
 from __future__ import annotations
 
 import sys
+from functools import partial
 
 import cptrain
 from cptrain.config.command import parse_command_line, show
@@ -31,7 +32,7 @@ def main() -> None:
     elif command.action == "run" and settings is not None:
         from cptrain.check.run import run
 
-        raise SystemExit(0 if run(settings) else 1)
+        raise SystemExit(0 if run(settings, partial(print, flush=True)) else 1)
     else:
         show(command, sys.stdout)
 

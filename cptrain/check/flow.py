@@ -30,13 +30,13 @@ class Probe:
 
 
 def check_flow(trainer: ToyTrainer) -> list[Finding]:
-    """Two findings: tokens that the last token's (or others') loss does not reach, and tokens that leak into it."""
+    """Two findings: tokens that the loss of the last token (and of others) does not reach, and that leak into it."""
     start = time.perf_counter()
-    length = trainer.stage.training.seq_len
-    reach = influence(trainer.masks, length, trainer.device)
+    layout = trainer.context.ring_layout(trainer.stage.training.seq_len)
+    reach = influence(trainer.masks, layout.length, trainer.device)
     batch = trainer.batch(0, trainer.stage.training.local_batch_size)
     missed = leaked = 0
-    for probe in (Probe(chosen, reach[chosen].any(0)) for chosen in probes(length, trainer.device)):
+    for probe in (Probe(chosen, reach[chosen].any(0)) for chosen in probes(layout, trainer.device)):
         strength = _gradient_at_embeddings(trainer, batch, probe.chosen).abs().sum(-1)
         missed += int((probe.reach & (strength == 0)).sum())
         leaked += int((~probe.reach & (strength != 0)).sum())

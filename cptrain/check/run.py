@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -25,8 +25,8 @@ from cptrain.train.settings import TrainSettings
 from cptrain.train.startup import title
 
 
-def run(settings: TrainSettings) -> bool:
-    """Check on the ranks of the launcher and print the tables on rank 0; whether everything passed.
+def run(settings: TrainSettings, show: Callable[[str], None]) -> bool:
+    """Check on the ranks of the launcher and `show` the tables on rank 0; whether everything passed.
 
     Combinations that are refused end the process with 2, without a traceback.
     """
@@ -39,11 +39,11 @@ def run(settings: TrainSettings) -> bool:
             for heading, findings in check(settings, device):
                 passed &= all(finding.passed for finding in findings)
                 if dist.get_rank() == 0:
-                    print(f"{heading}\n\n{table(findings)}\n", flush=True)
+                    show(f"{heading}\n\n{table(findings)}\n")
         except (ValueError, NotImplementedError) as error:
             fail(error)
         if dist.get_rank() == 0:
-            print("all checks passed" if passed else "FAILED: training with this configuration would not be exact")
+            show("all checks passed" if passed else "FAILED: training with this configuration would not be exact")
     return passed
 
 

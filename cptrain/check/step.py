@@ -36,9 +36,9 @@ def check_step(trainer: ToyTrainer) -> list[Finding]:
         rounding = max(torch.finfo(dtype).eps, 1e-6)
         limits = [max(2 * error, rounding) for error, _ in _errors(single, exact)]
     looks_at = (
-        "cross_entropy_sum and the count of valid tokens: a sum over tokens divided by the count over all ranks, once",
-        "clip_grad_norm, where the gradients below agree: each element counted once over all mesh axes",
-        "if attention agrees: FSDP2's reduction (a sum, no average), tensor parallel plans, gradient accumulation",
+        "the rows above; then the loss: a sum over tokens, divided by the count of valid ones over all ranks, once",
+        "the row below; then clip_grad_norm: each element counted once over all mesh axes",
+        "the rows above; then FSDP2's reduction (a sum, no average), tensor parallel, gradient accumulation",
     )
     seconds = time.perf_counter() - start
     findings = [

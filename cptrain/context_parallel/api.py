@@ -109,7 +109,7 @@ class ContextParallel:
             return x.full_tensor() if isinstance(x, DTensor) else x
         cut = x if isinstance(x, DTensor) else self._as_dtensor(x, dim)
         for axis in reversed(range(cut.device_mesh.ndim)):
-            # One axis after the other, the innermost first: full_tensor does the same, and warns about it on every rank.
+            # One axis after the other, the innermost first, as full_tensor does, which warns of it on every rank.
             cut = cut.redistribute(placements=[*cut.placements[:axis], *[Replicate()] * (cut.device_mesh.ndim - axis)])
         whole = cut.full_tensor()
         return whole.index_select(dim, torch.argsort(self._pieces(whole.size(dim)).flatten()).to(whole.device))

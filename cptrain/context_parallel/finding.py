@@ -73,4 +73,4 @@ def table(findings: Sequence[Finding]) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:.0f}" if value == 0 or (value == round(value) and abs(value) < 1e15) else f"{value:.1e}"
+    return f"{value:.0f}" if value.is_integer() else f"{value:.1e}"

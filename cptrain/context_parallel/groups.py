@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from cptrain.distributed.transport import warm_up
+from cptrain.distributed.transport import check_same_groups, warm_up
 
 
 class Groups(NamedTuple):
@@ -26,7 +26,10 @@ class Groups(NamedTuple):
 
 
 def make_groups(ring: dist.ProcessGroup, inner_degree: int, device: torch.device) -> Groups:
-    """The groups of the ring that this rank is in. Collective over its ranks."""
+    """The groups of the ring that this rank is in. Collective over its ranks.
+
+    RuntimeError on all of them if some belong to more process groups than others.
+    """
     ranks = dist.get_process_group_ranks(ring)
     place = dist.get_rank(ring)
     first = place // inner_degree * inner_degree
@@ -36,6 +39,7 @@ def make_groups(ring: dist.ProcessGroup, inner_degree: int, device: torch.device
         # One ring over all ranks, which is the outer ring of groups of one.
         inner, outer = ranks, ranks[place : place + 1]
     warm_up(ring, device)
+    check_same_groups(ring, device)
     ring_name, ring_grad = ring.group_name, _new_group(ranks, device)
     if inner == ranks:
         return Groups(ring_name, ring_grad, inner=ring_name, inner_grad=ring_grad)

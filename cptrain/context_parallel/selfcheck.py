@@ -18,9 +18,11 @@ import torch.nn.functional as F
 from cptrain.context_parallel.api import HEAD_DIM, SEQUENCE_DIM, ContextParallel
 from cptrain.context_parallel.finding import Finding
 from cptrain.context_parallel.kernels import choose_kernel
+from cptrain.context_parallel.layout import Layout
 from cptrain.context_parallel.mask import Mask
 
 EXACT = 1e-10  # largest difference allowed in fp64, of values of about 1
+MOST_ENDS = 8  # ranks whose last token is followed back, where there are more
 FP32_ROUNDING = 5e-7  # relative error below which nothing is said about fp32 accumulators
 
 
@@ -68,11 +70,13 @@ def single_device_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask, scale: float | None = None
 ) -> torch.Tensor:
     """What `F.scaled_dot_product_attention` of this device makes of the whole sequence: the rounding to measure by."""
-    seen = visible(mask, q.size(SEQUENCE_DIM), q.device) if mask.window else None
-    grouped = q.size(HEAD_DIM) != k.size(HEAD_DIM)
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=seen, is_causal=mask.causal and seen is None, scale=scale, enable_gqa=grouped
-    )
+    if not mask.window:
+        grouped = q.size(HEAD_DIM) != k.size(HEAD_DIM)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=mask.causal, scale=scale, enable_gqa=grouped)
+    # Few CUDA kernels take a dense mask, none of them grouped heads; what torch falls back to would round less.
+    k, v = (x.repeat_interleave(q.size(HEAD_DIM) // x.size(HEAD_DIM), dim=HEAD_DIM) for x in (k, v))
+    seen = visible(mask, q.size(SEQUENCE_DIM), q.device)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
 
 
 def check_attention(plan: ContextParallel, mask: Mask, sizes: Sizes) -> list[Finding]:
@@ -136,7 +140,7 @@ def check_flow(plan: ContextParallel, mask: Mask, sizes: Sizes) -> list[Finding]
     q, k, v, dout = _tensors(plan, sizes)
     seen = visible(mask, sizes.length, dout.device)
     missed = leaked = 0
-    for chosen in probes(sizes.length, dout.device):
+    for chosen in probes(plan.ring_layout(sizes.length), dout.device):
         _, dq, dk, dv = _sharded(plan, mask, q, k, v, dout * chosen[:, None])
         reached = seen[chosen].any(0)
         missed += int((reached & (_strength(dv) == 0)).sum())
@@ -160,13 +164,18 @@ def check_flow(plan: ContextParallel, mask: Mask, sizes: Sizes) -> list[Finding]
     ]
 
 
-def probes(length: int, device: torch.device) -> Iterator[torch.Tensor]:
-    """Sets of tokens [length] bool whose loss is followed back: the last one; all up to a seam of every even layout;
-    all up to the middle of a chunk."""
-    tokens = torch.arange(length, device=device)
-    yield tokens == length - 1
-    yield tokens < length // 2
-    yield tokens <= length // 3
+def probes(layout: Layout, device: torch.device) -> Iterator[torch.Tensor]:
+    """Sets of tokens [length] bool whose loss is followed back.
+
+    The last token of each rank, the very last one first, tells whether every rank sees all keys that it should. All
+    tokens up to a seam of every even layout, and up to the middle of a chunk, tell whether any of them sees more.
+    """
+    tokens = torch.arange(layout.length, device=device)
+    ends = sorted((layout.spans(rank)[-1] for rank in range(layout.num_ranks)), key=lambda span: -span.start)
+    for span in ends[:: -(-len(ends) // MOST_ENDS)]:
+        yield tokens == span.start + span.length - 1
+    yield tokens < layout.length // 2
+    yield tokens <= layout.length // 3
 
 
 def small_length(multiple: int, *, at_least: int) -> int:

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed.distributed_c10d import _resolve_process_group, _world
 
 Kind = Literal["send", "all_to_all", "all_gather", "reduce_scatter"]
 
@@ -138,6 +138,22 @@ def all_to_all(group_name: str, send: torch.Tensor) -> torch.Tensor:
     receive = torch.empty_like(send)
     dist.all_to_all_single(receive, send, group=resolve(group_name))
     return receive
+
+
+def check_same_groups(group: dist.ProcessGroup, device: torch.device) -> None:
+    """RuntimeError on all ranks of the group unless they have made equally many process groups so far.
+
+    torch names a group that only its members make after that number; where it differs, they would wait for ever.
+    """
+    number = len(_world.pg_names)
+    bounds = torch.tensor([number, -number], device=device)
+    dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=group)
+    most, fewest = int(bounds[0]), -int(bounds[1])
+    if most != fewest:
+        raise RuntimeError(
+            f"ranks {dist.get_process_group_ranks(group)} belong to between {fewest} and {most} process groups, and "
+            "would not agree on the name of the next one; make this plan before groups of some of its ranks"
+        )
 
 
 def warm_up(group: dist.ProcessGroup, device: torch.device) -> None:

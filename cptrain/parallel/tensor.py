@@ -55,4 +55,7 @@ def apply_tensor_parallel(model: Llama, mesh: DeviceMesh) -> None:
         "output": ColwiseParallel(input_layouts=TOKENS, output_layouts=Replicate()),
     }
     parallelize_module(model, mesh, ends)
+    # The reduce-scatter of the embeddings is still under way when it is returned (AsyncCollectiveTensor). A compiled
+    # first block would give no gradient for such an input, and the embeddings would silently not be trained.
+    model.tok_embeddings.register_forward_hook(lambda module, inputs, output: output.clone())
     model.tie_weights()

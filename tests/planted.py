@@ -1,0 +1,132 @@
+"""Faults to plant in a running process, as context managers: what a check must find."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from unittest import mock
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+
+from cptrain.context_parallel import ContextParallel, ring
+from cptrain.context_parallel.carrier import pack
+from cptrain.context_parallel.layout import Layout
+from cptrain.parallel import activation_checkpoint
+from cptrain.train import trainer
+from cptrain.train.trainer import Trainer
+
+Planted = AbstractContextManager[object]
+
+
+def dropped_hop() -> Planted:
+    """Rank 1 computes nothing against the keys of rank 0."""
+    blocks = ring.cached_shard_blocks
+    return mock.patch.object(ring, "cached_shard_blocks", lambda *at: () if at[2:] == (1, 0) else blocks(*at))
+
+
+def scaled_loss() -> Planted:
+    """The loss is multiplied by the context degree."""
+    loss = trainer.cross_entropy_sum
+    return mock.patch.object(trainer, "cross_entropy_sum", lambda *args, **options: 2 * loss(*args, **options))
+
+
+def averaged_gradients() -> Planted:
+    """FSDP2 divides by its ranks."""
+    divide = FSDPModule.set_gradient_divide_factor
+    return mock.patch.object(FSDPModule, "set_gradient_divide_factor", lambda self, factor: divide(self, 2.0))
+
+
+def norm_of_a_shard() -> Planted:
+    """The gradient norm is that of this rank's shards."""
+
+    def clip(parameters, max_norm):
+        shards = [p.grad.to_local() for p in parameters if p.grad is not None]
+        return torch.stack([shard.norm() for shard in shards]).norm()
+
+    return mock.patch.object(trainer, "clip_grad_norm", clip)
+
+
+def local_positions() -> Planted:
+    """Every rank counts its own tokens from 0."""
+    shard = Trainer.shard
+
+    def wrong(self, batch):
+        cut = shard(self, batch)
+        return replace(cut, positions=torch.arange(cut.positions.size(1)).expand_as(cut.positions))
+
+    return mock.patch.object(Trainer, "shard", wrong)
+
+
+def _attention(change: Callable) -> Planted:
+    """`change` sees the arguments of every attention."""
+    attention = ContextParallel.attention
+
+    def changed(self, q, k, v, **options):
+        return attention(self, *change(q, k, v, options), **options)
+
+    return mock.patch.object(ContextParallel, "attention", changed)
+
+
+def detached_keys() -> Planted:
+    """No gradient goes back to keys and values."""
+    return _attention(lambda q, k, v, options: (q, k.detach(), v.detach()))
+
+
+def no_causal_mask() -> Planted:
+    """Every query sees every key."""
+
+    def change(q, k, v, options):
+        options.update(is_causal=False, window_size=None)
+        return q, k, v
+
+    return _attention(change)
+
+
+def dropped_window() -> Planted:
+    """Every query sees all keys before it."""
+
+    def change(q, k, v, options):
+        options.update(window_size=None)
+        return q, k, v
+
+    return _attention(change)
+
+
+def wrong_scale() -> Planted:
+    """Scores are divided by the width of a head instead of its root."""
+
+    def change(q, k, v, options):
+        options.update(scale=1 / q.size(-1))
+        return q, k, v
+
+    return _attention(change)
+
+
+def extra_message() -> Planted:
+    """The ring sends its keys once more than it needs to, in forward."""
+    forward = ring.Ring.forward
+
+    def noisy(self, k, v, compute):
+        message = pack(k, v)
+        self._inner.post(message, torch.empty_like(message), step=1)
+        self._inner.wait()
+        return forward(self, k, v, compute)
+
+    return mock.patch.object(ring.Ring, "forward", noisy)
+
+
+def repeated_messages() -> Planted:
+    """Selective checkpointing does not know attention and recomputes it, messages included."""
+    return mock.patch.object(activation_checkpoint, "KEPT_NAMESPACE", "nothing::")
+
+
+def swapped_chunks() -> Planted:
+    """Ranks hold other tokens than their attention takes them for."""
+    permutation = Layout.permutation
+    return mock.patch.object(Layout, "permutation", lambda self: permutation(self).flip(0))
+
+
+def nothing() -> Planted:
+    return nullcontext()
