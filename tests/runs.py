@@ -49,7 +49,7 @@ def small_settings(folder: Path, text: str, **sections: dict[str, Any]) -> Train
         validation=ValidationConfig(freq=1000, steps=2),
         metrics=MetricsConfig(enable_tensorboard=False),
         parallelism=ParallelismConfig(),
-        debug=DebugConfig(seed=3),
+        debug=DebugConfig(seed=3, startup_check=False),
     )
     for section, keys in sections.items():
         settings = dataclasses.replace(settings, **{section: dataclasses.replace(getattr(settings, section), **keys)})

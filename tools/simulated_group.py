@@ -104,9 +104,12 @@ class SimulatedGroup(dist.ProcessGroup):
     def getBackendName(self) -> str:
         return BACKEND
 
+    def _set_group_name(self, name: str) -> None:
+        self._name = name
+
     @property
     def group_name(self) -> str:
-        return dist.distributed_c10d._world.pg_names[self]
+        return self._name
 
     def send(self, tensors: list[torch.Tensor], to: int, tag: int = 0) -> _Arrival:
         (self._sent,) = tensors

@@ -23,7 +23,7 @@ from cptrain.context_parallel.mask import Mask
 
 EXACT = 1e-10  # largest difference allowed in fp64, of values of about 1
 MOST_ENDS = 8  # ranks whose last token is followed back, where there are more
-FP32_ROUNDING = 5e-7  # relative error below which nothing is said about fp32 accumulators
+FP32_ROUNDING = 5e-7  # relative error that accumulators in fp32 may always have
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,7 @@ def check_attention(plan: ContextParallel, mask: Mask, sizes: Sizes) -> list[Fin
     """Output and gradients of `plan.attention`, gathered, against one process: four findings.
 
     fp64: the largest difference. Other dtypes: the relative error (2-norm) against fp64, at most twice that of one
-    device.
+    device, or half a unit in the last place where a device is exact by luck.
     """
     start = time.perf_counter()
     tensors = list(_tensors(plan, sizes))
@@ -95,7 +95,8 @@ def check_attention(plan: ContextParallel, mask: Mask, sizes: Sizes) -> list[Fin
     else:
         single = _with_gradients(lambda q, k, v: single_device_attention(q, k, v, mask), *tensors)
         errors = [relative_error(a, e) for a, e in zip(ours, exact, strict=True)]
-        limits = [max(2 * relative_error(s, e), FP32_ROUNDING) for s, e in zip(single, exact, strict=True)]
+        rounding = max(FP32_ROUNDING, torch.finfo(sizes.dtype).eps / 2)
+        limits = [max(2 * relative_error(s, e), rounding) for s, e in zip(single, exact, strict=True)]
     hints = {
         "out": "the method's forward in cptrain/context_parallel (hops, blocks, merge), and attention_kernel",
         "dq": "the method's backward in cptrain/context_parallel: blocks need the final out and lse",
