@@ -58,7 +58,15 @@ def test_metrics_pairs_are_those_the_mask_shows(lengths):
 def test_metrics_flops_of_llama_8b_at_128k_are_mostly_attention():
     """6 FLOPs per token and matrix weight, 6 H D (S + 1) per token and layer of causal attention."""
     shape = dataclasses.replace(
-        SHAPE, dim=4096, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128, ffn_dim=14336, vocab_size=128256
+        SHAPE,
+        dim=4096,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        ffn_dim=14336,
+        vocab_size=128256,
+        attention_mask="causal",
     )
     length = 131072
     matrix_weights = 8_030_261_248 - 128256 * 4096 - 65 * 4096  # of the published count: all but embedding and norms

@@ -137,6 +137,8 @@ CHANGES: dict[str, tuple[dict[str, Any], Any]] = {
     "qkv_bias": (SMALL, True),
     "qk_norm": (SMALL, True),
     "attention_mask": (SMALL, "full"),
+    "window_size": (SMALL, 100),
+    "full_attention_every": (SMALL | {"window_size": 100}, 2),
 }
 
 

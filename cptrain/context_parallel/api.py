@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from cptrain.context_parallel import dispatch
+from cptrain.context_parallel import dispatch, huggingface
 from cptrain.context_parallel.attention import Route
 from cptrain.context_parallel.attention import attention as attention_operator
 from cptrain.context_parallel.groups import Groups, make_groups
@@ -146,12 +146,19 @@ class ContextParallel:
     def apply(self, model: nn.Module, *, modules: str | Sequence[str], window_size: int | None = None) -> list[str]:
         """Make `F.scaled_dot_product_attention` inside the modules that match (`"*.attention"`) context parallel.
 
-        Modules that already are take this plan instead of theirs.
+        Modules that already are take this plan instead of theirs. A Hugging Face transformers model needs nothing else:
+        see [Note: transformers models] in `huggingface`.
         window_size: gives these modules a sliding window, which the function itself cannot express; models whose layers
-        differ call this once per kind of layer. Returns the names. Raises ValueError when the pattern matches nothing;
-        see `dispatch.apply`.
+        differ call this once per kind of layer. Returns the names. Raises ValueError when the pattern matches nothing,
+        NotImplementedError for a transformers model that would not be exact; see `dispatch.apply`.
         """
-        return dispatch.apply(model, modules=modules, attention=self.attention, window_size=window_size)
+        matched = dispatch.match(model, modules)
+        windows = huggingface.prepare(
+            model, matched, positions=self._local_positions, degree=self.degree, window_size=window_size
+        )
+        for name, module in matched.items():
+            dispatch.install(name, module, self.attention, windows.get(name, window_size))
+        return list(matched)
 
     def regroup(
         self, *, ring: int, ulysses: int, method: Method = "auto", ring_inner_degree: int = 1, data: str = "dp_shard"
@@ -279,6 +286,10 @@ class ContextParallel:
         if len(self._axes) == 2 and self._axes[0] == self.ulysses:
             shards = shards.transpose(0, 1)
         return shards.flatten(0, 1)
+
+    def _local_positions(self, length: int) -> torch.Tensor:
+        """Global positions of this rank's tokens when it holds `length` of them. Shape [length]."""
+        return self._pieces(length * self.degree)[self._place()]
 
     def ring_layout(self, length: int) -> Layout:
         """How the ring cuts a sequence of `length`."""

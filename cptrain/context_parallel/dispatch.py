@@ -66,7 +66,15 @@ def _replace(
         )
     if window_size is not None and not is_causal:
         raise ValueError(f"window_size = {window_size}: these modules call attention without is_causal=True")
+    query, key, value = (_autocast(x) for x in (query, key, value))
     return attention(query, key, value, is_causal=is_causal, window_size=window_size, scale=scale)
+
+
+def _autocast(x: torch.Tensor) -> torch.Tensor:
+    """The tensor as torch.autocast hands it to the function that is replaced: rotated queries are often still fp32."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
 
 
 def apply(
@@ -78,6 +86,14 @@ def apply(
     nothing matches or a match contains another (its calls would be taken twice); and, at its first forward,
     RuntimeError for a matched module that never calls the function.
     """
+    matched = match(model, modules)
+    for name, module in matched.items():
+        install(name, module, attention, window_size)
+    return list(matched)
+
+
+def match(model: nn.Module, modules: str | Sequence[str]) -> dict[str, nn.Module]:
+    """The modules that `apply` is about to change, by name; its ValueErrors come from here."""
     patterns = [modules] if isinstance(modules, str) else list(modules)
     matched = {
         name: module
@@ -92,13 +108,16 @@ def apply(
         inside = [other for other in matched if other.startswith(name + ".")]
         if inside:
             raise ValueError(f"modules = {modules!r} matches {name} and {inside[0]} inside it; name only one of them")
-    for name, module in matched.items():
-        switch = getattr(module.forward, "context_parallel_switch", None)
-        if switch is None:
-            _wrap(name, module, Switch(attention, window_size))
-        else:
-            switch.attention, switch.window_size = attention, window_size
-    return list(matched)
+    return matched
+
+
+def install(name: str, module: nn.Module, attention: Attention, window_size: int | None) -> None:
+    """Make the attention of one module `attention`, whatever it was before."""
+    switch = getattr(module.forward, "context_parallel_switch", None)
+    if switch is None:
+        _wrap(name, module, Switch(attention, window_size))
+    else:
+        switch.attention, switch.window_size = attention, window_size
 
 
 class Switch:
@@ -110,16 +129,11 @@ class Switch:
 
 
 def _wrap(name: str, module: nn.Module, switch: Switch) -> None:
-    original = module.forward
-    # Bound anew at each call, so that a deep copy of the model computes with the parameters of the copy.
-    unbound = original.__func__ if isinstance(original, MethodType) and original.__self__ is module else None
-
-    @functools.wraps(original)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def with_attention(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         # A mode of this call's own: torch.compile then sees no state that outlives the call.
         mode = AttentionMode(switch.attention, switch.window_size)
         with mode:
-            result = unbound(self, *args, **kwargs) if unbound else original(*args, **kwargs)
+            result = forward(*args, **kwargs)
         if not mode.reached:
             raise RuntimeError(
                 f"{name} was made context parallel, but its forward never called F.scaled_dot_product_attention: "
@@ -127,5 +141,18 @@ def _wrap(name: str, module: nn.Module, switch: Switch) -> None:
             )
         return result
 
-    forward.context_parallel_switch = switch  # type: ignore[attr-defined]
+    wrap_forward(module, with_attention, context_parallel_switch=switch)
+
+
+def wrap_forward(module: nn.Module, around: Callable[..., Any], **marks: Any) -> None:
+    """Replace the module's forward by `around(forward, *args, **kwargs)`; `marks` are put on it as attributes."""
+    original = module.forward
+    # Bound anew at each call, so that a deep copy of the model computes with the parameters of the copy.
+    unbound = original.__func__ if isinstance(original, MethodType) and original.__self__ is module else None
+
+    @functools.wraps(original)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return around(functools.partial(unbound, self) if unbound else original, *args, **kwargs)
+
+    forward.__dict__.update(marks)
     module.forward = MethodType(forward, module)  # type: ignore[method-assign]

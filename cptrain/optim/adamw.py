@@ -12,6 +12,7 @@ from cptrain.optim.settings import OptimizerConfig
 # Devices with a fused AdamW kernel. On torch 2.13 a fused (or foreach) step over DTensor parameters of different meshes
 # (FSDP alone beside FSDP x TP) equals the Python loop, so groups need no split by mesh.
 _FUSED_DEVICES = ("cpu", "cuda")
+_OPTIMIZERS = {"AdamW": torch.optim.AdamW}
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
@@ -39,7 +40,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
         for group, decay in ((matrices, config.weight_decay), (vectors, 0.0))
         if group
     ]
-    return torch.optim.AdamW(
+    return _OPTIMIZERS[config.name](
         groups,
         lr=config.lr,
         betas=(config.beta1, config.beta2),

@@ -6,9 +6,12 @@ import logging
 import os
 import shlex
 import sys
+import traceback
+from pathlib import Path
 
 import torch.distributed as dist
 
+import cptrain
 from cptrain.config.error import fail
 from cptrain.distributed.process_group import local_device, process_group
 from cptrain.train.settings import TrainSettings
@@ -18,16 +21,17 @@ logger = logging.getLogger("cptrain")
 
 
 def run(settings: TrainSettings) -> None:
-    """Train as the settings say. Unusable data or checkpoints end the process with 2, without a traceback."""
+    """Train as the settings say. What cptrain itself refuses ends the process with 2, without a traceback."""
     device = local_device()
     with process_group(settings.comm, device):
         _start_logging(dist.get_rank())
         try:
-            trainer = Trainer(settings, device)
-        except (ValueError, NotImplementedError) as error:
+            with Trainer(settings, device) as trainer:
+                stopped_by = trainer.train()
+        except (ValueError, NotImplementedError, RuntimeError) as error:
+            if not _is_ours(error):
+                raise  # a fault of the code, or of what it stands on: the traceback says where
             fail(error)
-        with trainer:
-            stopped_by = trainer.train()
         if stopped_by and settings.checkpoint.enable:
             logger.info(f"stopped by {stopped_by} after step {trainer.step}; the same command goes on from there:")
             logger.info(f"  {resume_command()}")
@@ -35,6 +39,12 @@ def run(settings: TrainSettings) -> None:
             logger.info(
                 f"stopped by {stopped_by} after step {trainer.step}; nothing is saved: checkpoint.enable = false"
             )
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether a line of cptrain raised it, which then words what is wrong and the way out."""
+    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+    return Path(raised_in).is_relative_to(Path(cptrain.__file__).parent)
 
 
 def resume_command() -> str:

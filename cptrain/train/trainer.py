@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import math
+import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Self
 
+import numpy
 import torch
 import torch.distributed as dist
 
@@ -65,6 +67,8 @@ class Trainer:
         self.settings = settings
         self.device = device
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        random.seed(settings.debug.seed)
+        numpy.random.seed(settings.debug.seed % 2**32)
         torch.manual_seed(settings.debug.seed)
         torch.use_deterministic_algorithms(settings.debug.deterministic)
 
@@ -258,8 +262,8 @@ class Trainer:
     def _enter_stage(self, index: int) -> None:
         """Put a stage's length, batches and context-parallel plan in place; does nothing inside of one.
 
-        The order of the data is a function of the tokens seen, so that stages, and runs that resume at another length,
-        go on in the text where the last one stopped (to the next whole window).
+        Where a stage begins to read is a function of the tokens seen. At an unchanged length that is the next sample;
+        another length is shuffled in an order of its own, which begins at the same share of the epoch.
         """
         if self.batches is not None and index == self.stage_index:
             return

@@ -1,0 +1,140 @@
+"""What a transformers model would get wrong on a shard without saying so: in the model itself, and in a call of it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+
+
+class Inputs:
+    """What the inputs of a model are checked against: what `apply` sets, and sets again when the plan changes."""
+
+    def __init__(self, positions: Callable[[int], torch.Tensor], degree: int, *, reads_positions: bool) -> None:
+        self.positions = positions
+        self.degree = degree
+        self.reads_positions = reads_positions
+
+
+def problems(owner: Any, matched: Sequence[nn.Module], *, known: str) -> Iterator[str]:
+    """Everything about a transformers model that would not be exact, each with a way out.
+
+    matched: the modules that become context parallel, of this model or others; known: the name of the attention
+    implementation that it gets.
+    """
+    config, kind = owner.config, type(owner).__name__
+    # Models that flash attention serves do without a dense mask: they hand windows, sinks and so on to the function.
+    if not (getattr(owner, "_supports_flash_attn", False) and type(owner)._can_set_attn_implementation()):
+        yield f"{kind} computes attention in its own way (a bias, a dense mask, old code): another model is needed"
+    asked = config._attn_implementation
+    if asked not in ("sdpa", known) and "flash" not in str(asked):
+        yield f'attention implementation "{asked}": load the model with attn_implementation="sdpa"'
+    if getattr(config, "is_encoder_decoder", False) or not getattr(config, "is_causal", True):
+        yield f"{kind} is not a causal decoder: only causal attention is supported"
+    if "position_ids" not in inspect.signature(owner.forward).parameters:
+        yield f"{kind} takes no position_ids: it would count the tokens of each shard from 0"
+    if getattr(config, "output_attentions", False):
+        yield "config.output_attentions: the weights are never held; set it to False"
+    if getattr(config, "output_router_logits", False):
+        yield "config.output_router_logits: the balance loss of a shard is not that of the sequence; set it to False"
+    kinds = sorted(set(getattr(config, "layer_types", None) or ()) - KNOWN_LAYERS)
+    if kinds:
+        yield f"config.layer_types has {', '.join(kinds)}: supported are {', '.join(sorted(KNOWN_LAYERS))}"
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        yield f"config.attn_logit_softcapping = {config.attn_logit_softcapping}: supported is None"
+    if owner.training and (getattr(config, "attention_dropout", None) or 0.0) > 0.0:
+        yield f"config.attention_dropout = {config.attention_dropout}: set it to 0.0 before the model is made"
+    yield from _module_problems(owner, matched)
+
+
+def _module_problems(owner: nn.Module, matched: Sequence[nn.Module]) -> Iterator[str]:
+    """What the modules of a transformers model tell about it."""
+    chosen = {id(module) for module in matched}
+    covered = {id(part) for module in matched for part in module.modules()}
+    ropes, sinks, blind, others = [], [], [], []
+    for name, module in owner.named_modules():
+        rope = getattr(module, "rope_type", None)
+        kinds = rope.values() if isinstance(rope, dict) else [rope]
+        ropes += [kind for kind in kinds if isinstance(kind, str) and ("dynamic" in kind or kind == "longrope")]
+        if id(module) in chosen:
+            sinks += [name] if getattr(module, "sinks", None) is not None else []
+            blind += [name] if getattr(module, "is_causal", True) is False else []
+        elif id(module) not in covered and not any(id(part) in chosen for part in module.modules()):
+            mixes = isinstance(module, nn.Conv1d) or type(module).__name__.endswith("Attention")
+            others += [f"{name} ({type(module).__name__})"] if mixes else []
+    if ropes:
+        yield (
+            f'rope_type "{ropes[0]}" follows the largest position, which differs between shards; use "yarn", "llama3" '
+            'or "linear" scaling'
+        )
+    if sinks:
+        yield f"{_few(sinks)}: attention sinks are not supported; another model is needed"
+    if blind:
+        yield f"{_few(blind)}: attention is not causal; name the modules of a causal decoder only"
+    if others:
+        yield f"{_few(others)}: would mix the tokens of a shard only; name it in modules=... if it is attention"
+
+
+def _few(names: list[str]) -> str:
+    """Up to three of the names."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def check_inputs(inputs: Inputs, given: Mapping[str, Any]) -> None:
+    """Refuse what a caller may give to a transformers model, by name of the argument, that is not exact on a shard."""
+    if given.get("past_key_values") is not None:
+        raise NotImplementedError(
+            "past_key_values: a context-parallel model takes no KV cache; generate with a model that has no plan"
+        )
+    if given.get("output_attentions"):
+        raise NotImplementedError("output_attentions: the weights are never held under context parallelism")
+    if inputs.degree > 1:
+        _check_loss(given)
+    if inputs.reads_positions:
+        _check_positions(inputs, given.get("position_ids"))
+
+
+def _check_loss(given: Mapping[str, Any]) -> None:
+    # With both of these a transformers model sums over the tokens it has, and divides by what it is told.
+    exact = given.get("shift_labels") is not None and given.get("num_items_in_batch") is not None
+    if given.get("labels") is not None and not exact:
+        raise ValueError(
+            "labels: the model would shift them inside each shard and average over it; shift the labels before "
+            "cp.shard and compute the loss from the logits, as a sum over tokens divided by the global count"
+        )
+    if given.get("output_router_logits"):
+        raise NotImplementedError(
+            "output_router_logits: the balance loss of a shard is not that of the sequence; leave it out"
+        )
+
+
+def _check_positions(inputs: Inputs, position_ids: Any) -> None:
+    """Refuse positions that are not those of the plan: not given, not sharded, or begun anew by packed documents."""
+    if position_ids is None:
+        if inputs.degree > 1:
+            raise ValueError(
+                "position_ids is missing: every rank would count its tokens from 0; shard positions with the tokens, "
+                "tokens, labels, positions = cp.shard(tokens, labels, positions), and pass position_ids=positions"
+            )
+        return
+    if position_ids.ndim != 2:
+        raise NotImplementedError(
+            f"position_ids {tuple(position_ids.shape)}: supported is one position per token, [B, T]"
+        )
+    if torch.compiler.is_compiling():
+        return
+    # transformers reads these values too, to look for packed documents: the wait for the device is not a second one.
+    expected = inputs.positions(position_ids.size(1)).to(position_ids.device)
+    wrong = (position_ids != expected).nonzero()
+    if len(wrong):
+        row, token = wrong[0].tolist()
+        raise ValueError(
+            f"position_ids[{row}, {token}] = {int(position_ids[row, token])}, but this rank holds position "
+            f"{int(expected[token])} there: cut positions 0 to S - 1 with cp.shard, as the tokens; positions that "
+            "begin anew (documents packed into one row) are not supported"
+        )
