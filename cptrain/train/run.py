@@ -7,6 +7,8 @@ import os
 import shlex
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch.distributed as dist
@@ -25,13 +27,10 @@ def run(settings: TrainSettings) -> None:
     device = local_device()
     with process_group(settings.comm, device):
         _start_logging(dist.get_rank())
-        try:
-            with Trainer(settings, device) as trainer:
-                stopped_by = trainer.train()
-        except (ValueError, NotImplementedError, RuntimeError) as error:
-            if not _is_ours(error):
-                raise  # a fault of the code, or of what it stands on: the traceback says where
-            fail(error)
+        with _worded(ValueError, NotImplementedError):
+            trainer = Trainer(settings, device)
+        with trainer, _worded():
+            stopped_by = trainer.train()
         if stopped_by and settings.checkpoint.enable:
             logger.info(f"stopped by {stopped_by} after step {trainer.step}; the same command goes on from there:")
             logger.info(f"  {resume_command()}")
@@ -41,10 +40,19 @@ def run(settings: TrainSettings) -> None:
             )
 
 
-def _is_ours(error: Exception) -> bool:
-    """Whether a line of cptrain raised it, which then words what is wrong and the way out."""
-    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-    return Path(raised_in).is_relative_to(Path(cptrain.__file__).parent)
+@contextmanager
+def _worded(*kinds: type[Exception]) -> Iterator[None]:
+    """Ends the process with 2 and the message alone for errors of these kinds, and for those that cptrain raises.
+
+    Others are faults of the code, or of what it stands on, and keep their traceback.
+    """
+    try:
+        yield
+    except (ValueError, NotImplementedError, RuntimeError) as error:
+        raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+        if not isinstance(error, kinds) and not Path(raised_in).is_relative_to(Path(cptrain.__file__).parent):
+            raise
+        fail(error)
 
 
 def resume_command() -> str:
