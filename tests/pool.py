@@ -36,13 +36,30 @@ def _serve(connection: multiprocessing.connection.Connection, path: list[str]) -
             job = connection.recv()
         except EOFError:
             return
+        failures: list[str] = []
+
+        def fail(error: BaseException, failures: list[str] = failures) -> None:
+            failures.append(f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
+            connection.send((False, failures[0]))
+
         try:
-            connection.send((True, _run(*job)))
-        except BaseException as error:
-            connection.send((False, f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
+            result = _run(fail, *job)
+        except BaseException as error:  # before there was a group, or a result that cannot be sent
+            fail(error)
+        if not failures:
+            connection.send((True, result))
 
 
-def _run(module: str, name: str, rank: int, world: int, store: str, args: tuple, kwargs: dict) -> Any:
+def _run(
+    fail: Callable[[BaseException], None],
+    module: str,
+    name: str,
+    rank: int,
+    world: int,
+    store: str,
+    args: tuple,
+    kwargs: dict,
+) -> Any:
     import torch
     import torch.distributed as dist
     from torch.distributed.tensor.debug import _clear_sharding_prop_cache
@@ -59,6 +76,9 @@ def _run(module: str, name: str, rank: int, world: int, store: str, args: tuple,
         result = function(rank, world, *args, **kwargs)
         dist.barrier()  # nobody hangs up while another is still connecting to a group
         return result
+    except BaseException as error:
+        # Told before the group ends, which would make the other ranks fail too, and perhaps be heard first.
+        fail(error)
     finally:
         dist.destroy_process_group()
         # DTensor remembers results of sharding propagation together with meshes, whose groups have just ended.

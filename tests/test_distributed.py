@@ -98,6 +98,8 @@ def test_distributed_auto_takes_the_method_that_sends_fewest_bytes_and_says_why(
         (8, (8, 2), {"context": 8, "ring": 3}, "context", "must be ring x ulysses = 3 x 2 = 6", "correct ring_degree"),
         (8, (8, 2), {"context": 4, "ring": 2, "ulysses": 4}, "context", "= 2 x 4 = 8", "leave it out"),
         (8, (8, 2), {"context": 2, "ring": 4}, "context", "= 4 x 1 = 4", "leave it out"),
+        (8, (8, 2), {"method": "ring"}, "method", "no sequence would be cut", "set context_parallel_degree"),
+        (8, (8, 2), {"method": "hybrid"}, "method", "no sequence would be cut", "set context_parallel_degree"),
         (8, (8, 2), {"method": "ring", "ulysses": 2}, "ulysses", 'the method "ring" needs 1', '"hybrid"'),
         (8, (8, 2), {"method": "all_gather", "ulysses": 2}, "ulysses", 'the method "all_gather" needs 1', '"hybrid"'),
         (8, (8, 2), {"method": "ulysses", "ring": 2}, "ring", 'the method "ulysses" needs 1', '"hybrid"'),

@@ -37,7 +37,7 @@ SMALLER = {
     "tensorboard --logdir outputs": "--inspect",
     "python -m cptrain.train": "",
     "python tools/bench_step.py": "--tokens 128 --layers 1 --dim 32 --heads 4 --rounds 1 --steps 1",
-    "python tools/bench_attention.py": "--lengths 256 --rounds 1",
+    "python tools/bench_attention.py": "--seq-lens 256 --rounds 1 --out {outputs}",
     "python tools/plant_faults.py": "--list",
 }
 

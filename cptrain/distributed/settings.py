@@ -204,6 +204,15 @@ def _split_context(
     ring, ulysses = config.ring_degree, config.ulysses_degree
     tp = config.tensor_parallel_degree
     valid = valid_ulysses_degrees(num_heads, num_kv_heads, tp)
+    if method != "auto" and total == ring == ulysses == "auto":
+        problems.append(
+            Problem(
+                key="context_parallel_method",
+                rule="nothing says over how many ranks, so no sequence would be cut",
+                fix='set context_parallel_degree, or leave the method at "auto"',
+            )
+        )
+        return None
     if method in ("ring", "all_gather") and ulysses == "auto":
         ulysses = 1
     if method == "ulysses" and ring == "auto":
