@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -16,9 +16,13 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from cptrain.context_parallel import dispatch, huggingface
 from cptrain.context_parallel.attention import Route
 from cptrain.context_parallel.attention import attention as attention_operator
+from cptrain.context_parallel.balance import choose_chunk_size
 from cptrain.context_parallel.groups import Groups, make_groups
 from cptrain.context_parallel.kernels import KERNELS
 from cptrain.context_parallel.layout import LAYOUTS, Layout, length_multiple, make_layout, nearest_multiples
+from cptrain.context_parallel.packed_batch import Entered, PackedBatch, rows_joined, rows_split
+from cptrain.context_parallel.packing import decode, find_documents, join_offsets
+from cptrain.context_parallel.packing import pack as make_packing
 from cptrain.context_parallel.ulysses import heads_to_sequence, replicate_kv_heads, sequence_to_heads
 from cptrain.distributed.settings import divisors, valid_ulysses_degrees
 from cptrain.distributed.transport import warm_up
@@ -36,7 +40,9 @@ class ContextParallel:
     sequence is cut over the ring, and each of its shards over ulysses. Making a plan is collective over these ranks.
     method: "ring", "ulysses" and "hybrid" assert what the degrees amount to; "auto" takes what they are; "all_gather"
     gathers keys over the ring axis instead of passing them on.
-    layout: "zigzag" (even work under a causal mask) or "contiguous", over the ring axis.
+    layout: over the ring axis, "zigzag" (even work under a causal mask), "contiguous", or "balanced" for packed
+    documents, whose chunks are dealt anew for every batch: such a plan works on what `pack` returns, on nothing else.
+    chunk_size: tokens of a chunk that "balanced" deals, a divisor of the tokens of a ring's rank; or "auto".
     ring_inner_degree: ranks of an inner ring (double ring), a divisor of the ring degree; 1 is a single ring.
     kernel: name of an attention kernel (see `kernels.KERNELS`), or "auto" for the fastest that fits the tensors.
     overlap: messages travel while blocks are computed; False waits for each, to measure what overlapping is worth.
@@ -47,7 +53,8 @@ class ContextParallel:
     ring: str | None = "ring"
     ulysses: str | None = "ulysses"
     method: Method = "auto"
-    layout: Literal["zigzag", "contiguous"] = "zigzag"
+    layout: Literal["zigzag", "contiguous", "balanced"] = "zigzag"
+    chunk_size: int | Literal["auto"] = "auto"
     ring_inner_degree: int = 1
     overlap: bool = True
     kernel: str = "auto"
@@ -57,6 +64,8 @@ class ContextParallel:
     _groups: Groups = field(init=False, repr=False)
     _heads_group: str = field(init=False, repr=False)
     _route: str = field(init=False, repr=False)
+    _exchange_route: str = field(init=False, repr=False)
+    _entered: Entered = field(init=False, repr=False, compare=False)
     _family: dict[tuple[Any, ...], ContextParallel] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -80,7 +89,10 @@ class ContextParallel:
         self._set("_heads_group", heads_group)
         carried_by = "all_gather" if self.method == "all_gather" else "ring"
         self._set("_family", {})
-        self._set("_route", Route(carried_by, ring, self.layout, self.overlap, self.kernel, groups).encode())
+        self._set("_entered", Entered())
+        route = Route(carried_by, ring, self.layout, self.overlap, self.kernel, groups)
+        self._set("_route", route.encode())
+        self._set("_exchange_route", replace(route, method="exchange").encode())
 
     @property
     def degree(self) -> int:
@@ -96,6 +108,7 @@ class ContextParallel:
         """
         if len({x.size(dim) for x in tensors}) > 1:
             raise ValueError(f"lengths {[x.size(dim) for x in tensors]} along dim {dim}: they must be one sequence")
+        self._refuse_balanced("shard", "pack(document_ids).shard")
         parts = []
         for x in tensors:
             index = self._pieces(x.size(dim))[self._place()].to(x.device)
@@ -105,14 +118,60 @@ class ContextParallel:
 
     def unshard(self, x: torch.Tensor, *, dim: int) -> torch.Tensor:
         """The global tensor in global order, on every rank: the inverse of `shard`. Differentiable."""
-        if not self._axes:
-            return x.full_tensor() if isinstance(x, DTensor) else x
-        cut = x if isinstance(x, DTensor) else self._as_dtensor(x, dim)
-        for axis in reversed(range(cut.device_mesh.ndim)):
-            # One axis after the other, the innermost first, as full_tensor does, which warns of it on every rank.
-            cut = cut.redistribute(placements=[*cut.placements[:axis], *[Replicate()] * (cut.device_mesh.ndim - axis)])
-        whole = cut.full_tensor()
+        self._refuse_balanced("unshard", "pack(document_ids).unshard")
+        whole = self._gathered(x, dim)
         return whole.index_select(dim, torch.argsort(self._pieces(whole.size(dim)).flatten()).to(whole.device))
+
+    def pack(
+        self,
+        document_ids: torch.Tensor | None = None,
+        *,
+        offsets: Sequence[Sequence[int]] | None = None,
+        window: int = 0,
+    ) -> PackedBatch:
+        """A batch of packed documents, whose tokens see only their own: cuts its tensors, and is entered for attention.
+
+        Either document_ids [B, S], equal within a document and negative for padding (an id per token, on any device;
+        the same on all ranks), or the offsets of every row's documents, rising from 0 to S.
+
+            batch = cp.pack(document_ids)
+            tokens, labels, positions = batch.shard(tokens, labels, positions)
+            with batch:
+                loss = model(tokens, positions) ...
+                loss.backward()
+
+        window: the sliding window, if all layers have one, for which work is balanced. Planning takes milliseconds of
+        the host; `packing.pack` does it elsewhere, in a data loader, and `packed` takes the result.
+        Raises ValueError for a plan that is not laid out "balanced", and for documents that do not fit it.
+        """
+        if (document_ids is None) == (offsets is None):
+            raise ValueError("give either document_ids or offsets")
+        self._check_balanced()
+        documents = find_documents(document_ids) if document_ids is not None else join_offsets(offsets or ())
+        num_rows = document_ids.size(0) if document_ids is not None else len(offsets or ())
+        row_length = documents.length // num_rows
+        self._check_length(row_length)
+        return self.packed(
+            make_packing(
+                documents,
+                num_ranks=self.ring_degree,
+                num_rows=num_rows,
+                chunk_size=choose_chunk_size(row_length // self.ring_degree, self.chunk_size),
+                window=window,
+                inner_degree=self.ring_inner_degree,
+            ).encode()
+        )
+
+    def packed(self, encoded: torch.Tensor) -> PackedBatch:
+        """The batch of a packing that was made, and encoded, for a ring of this degree. ValueError for another."""
+        self._check_balanced()
+        packing = decode(encoded)
+        if packing.layout.num_ranks != self.ring_degree:
+            raise ValueError(
+                f"the batch was packed for a ring of {packing.layout.num_ranks}, this plan has {self.ring_degree}"
+            )
+        self._check_length(packing.row_length)
+        return PackedBatch(self, packing, encoded)
 
     def attention(
         self,
@@ -130,17 +189,26 @@ class ContextParallel:
         heads need not be expanded. window_size: a query sees the last so many keys, itself among them; needs is_causal.
         scale: of the scores, by default 1 / sqrt(D). Without is_causal, keys may be of another sequence than queries
         (cross-attention) of another length, cut over the same ranks.
+        On a "balanced" plan the batch must be entered (see `pack`), and queries see keys of their own document alone.
         DTensors come back as DTensors: they must be Shard(2) on the axes of the plan, and may be Shard(1) (heads) or
         Shard(0) (batch) on others. Raises ValueError for shapes that do not fit each other or the degrees.
         """
         if isinstance(q, DTensor) or isinstance(k, DTensor) or isinstance(v, DTensor):
             return self._dtensor_attention(q, k, v, is_causal=is_causal, window_size=window_size, scale=scale)
         self._check_tensors(q, k, v, is_causal, window_size)
+        packing, route = self._entered.packing, self._entered.route or self._route
+        if self.layout == "balanced":
+            self._check_entered(q, is_causal)
         if self.ulysses_degree > 1:
             k, v = (replicate_kv_heads(x, self.ulysses_degree) for x in (k, v))
             q, k, v = (sequence_to_heads(x, self._heads_group) for x in (q, k, v))
         scale = 1 / math.sqrt(q.size(-1)) if scale is None else scale
-        out, _, _ = attention_operator(q, k, v, self._route, is_causal, window_size or 0, scale)
+        batch = q.size(0)
+        if packing is not None:
+            q, k, v = (rows_joined(x) for x in (q, k, v))
+        out, _, _ = attention_operator(q, k, v, packing, route, is_causal, window_size or 0, scale)
+        if packing is not None:
+            out = rows_split(out, batch)
         return heads_to_sequence(out, self._heads_group) if self.ulysses_degree > 1 else out
 
     def apply(self, model: nn.Module, *, modules: str | Sequence[str], window_size: int | None = None) -> list[str]:
@@ -176,6 +244,7 @@ class ContextParallel:
                 ulysses=self.ulysses or "ulysses",
                 method=method,
                 layout=self.layout,
+                chunk_size=self.chunk_size,
                 ring_inner_degree=ring_inner_degree,
                 overlap=self.overlap,
                 kernel=self.kernel,
@@ -236,8 +305,10 @@ class ContextParallel:
             raise ValueError(
                 f'ring and ulysses are both "{self.ring}": one axis cuts the sequence once; set one to None'
             )
-        if self.layout not in LAYOUTS:
-            raise ValueError(f'layout = "{self.layout}": must be one of {", ".join(LAYOUTS)}')
+        if self.layout not in (*LAYOUTS, "balanced"):
+            raise ValueError(f'layout = "{self.layout}": must be one of {", ".join((*LAYOUTS, "balanced"))}')
+        if self.chunk_size != "auto" and self.chunk_size < 1:
+            raise ValueError(f'chunk_size = {self.chunk_size}: must be a number of tokens, or "auto"')
         names = ["auto", *(kernel.name for kernel in KERNELS)]
         if self.kernel not in names:
             raise ValueError(f'kernel = "{self.kernel}": must be one of {", ".join(names)}')
@@ -275,6 +346,17 @@ class ContextParallel:
 
         The ring cuts the sequence as its layout says, ulysses cuts each shard evenly, whichever axis is the outer one.
         """
+        self._check_length(length)
+        return self._pieces_of(self.ring_layout(length).permutation().view(self.ring_degree, -1))
+
+    def _pieces_of(self, shards: torch.Tensor) -> torch.Tensor:
+        """[degree, ..., T] in the order of the mesh, from what each rank of the ring holds [ring, ..., ulysses * T]."""
+        pieces = shards.unflatten(-1, (self.ulysses_degree, -1)).movedim(-2, 1)
+        if len(self._axes) == 2 and self._axes[0] == self.ulysses:
+            pieces = pieces.transpose(0, 1)
+        return pieces.flatten(0, 1)
+
+    def _check_length(self, length: int) -> None:
         multiple = math.lcm(length_multiple(self.layout, self.ring_degree), self.degree)
         if length % multiple or length == 0:
             raise ValueError(
@@ -282,10 +364,44 @@ class ContextParallel:
                 f"{self.ulysses_degree} ({self.layout}): it must be a multiple of {multiple}; "
                 f"try {nearest_multiples(length, multiple)}"
             )
-        shards = self.ring_layout(length).permutation().view(self.ring_degree, self.ulysses_degree, -1)
-        if len(self._axes) == 2 and self._axes[0] == self.ulysses:
-            shards = shards.transpose(0, 1)
-        return shards.flatten(0, 1)
+
+    def _check_balanced(self) -> None:
+        if self.layout != "balanced":
+            raise ValueError(f'layout = "{self.layout}": packed documents need a plan with layout="balanced"')
+
+    def _refuse_balanced(self, name: str, instead: str) -> None:
+        if self.layout == "balanced":
+            raise ValueError(
+                f'{name} of a plan with layout="balanced": where tokens lie differs by batch; use {instead}'
+            )
+
+    def _check_entered(self, q: torch.Tensor, is_causal: bool) -> None:
+        """Without this, tokens would silently see other documents, or keys that lie elsewhere."""
+        rows, length = self._entered.shape
+        if not rows:
+            raise RuntimeError(
+                'attention of a plan with layout="balanced" outside of a batch: forward and backward (which may '
+                "recompute) belong inside of `with cp.pack(document_ids) as batch:`"
+            )
+        if not is_causal:
+            raise NotImplementedError(
+                "is_causal=False inside of packed documents is not supported: attention there is causal"
+            )
+        if (q.size(0), q.size(SEQUENCE_DIM) * self.degree) != (rows, length):
+            raise ValueError(
+                f"q {tuple(q.shape)} on {self.degree} ranks is not the batch that was entered, of {rows} rows and "
+                f"{length} tokens"
+            )
+
+    def _gathered(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        """The whole tensor along `dim`, on every rank, in the order of the shards."""
+        if not self._axes:
+            return x.full_tensor() if isinstance(x, DTensor) else x
+        cut = x if isinstance(x, DTensor) else self._as_dtensor(x, dim)
+        for axis in reversed(range(cut.device_mesh.ndim)):
+            # One axis after the other, the innermost first, as full_tensor does, which warns of it on every rank.
+            cut = cut.redistribute(placements=[*cut.placements[:axis], *[Replicate()] * (cut.device_mesh.ndim - axis)])
+        return cut.full_tensor()
 
     def _local_positions(self, length: int) -> torch.Tensor:
         """Global positions of this rank's tokens when it holds `length` of them. Shape [length]."""

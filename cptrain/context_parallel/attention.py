@@ -14,21 +14,26 @@ from functools import lru_cache
 import torch
 
 from cptrain.context_parallel.all_gather import AllGather
-from cptrain.context_parallel.carrier import Alone, Carrier, Gradients, Piece, accumulator_dtype, new_heads
+from cptrain.context_parallel.carrier import Alone, Carrier, Gradients, Piece, accumulator_dtype, add, new_heads
 from cptrain.context_parallel.exchange import Exchange, num_needed_keys
 from cptrain.context_parallel.groups import Groups
 from cptrain.context_parallel.kernels import Kernel, backward_block, choose_kernel, forward_block, merge
 from cptrain.context_parallel.layout import Layout, make_layout
 from cptrain.context_parallel.mask import Mask
+from cptrain.context_parallel.packing import decode
 from cptrain.context_parallel.ring import Ring
-from cptrain.context_parallel.schedule import Block
+from cptrain.context_parallel.schedule import Block, Shape
+
+# Gradients of so many blocks of one piece are kept until the piece is done; of more blocks, whose keys overlap, a sum.
+MOST_BLOCKS = 3
 
 
 @dataclass(frozen=True)
 class Route:
     """How keys are carried: everything about an attention call but its tensors, as one string for the operator.
 
-    method: "ring" or "all_gather". num_ranks: that share the sequence. layout: its name. kernel: its name, or "auto".
+    method: "ring", "all_gather", or "exchange" for documents of which only needed keys travel. num_ranks: that share
+    the sequence. layout: its name, where no packing says it. kernel: its name, or "auto".
     """
 
     method: str
@@ -51,25 +56,40 @@ class Route:
         method, num_ranks, layout, overlap, kernel, *groups = text.split(";")
         return Route(method, int(num_ranks), layout, overlap == "1", kernel, Groups(*groups))
 
-    def carrier(self, length: int, mask: Mask) -> Carrier:
-        """What carries the keys of a sequence of `length` tokens under this mask."""
-        layout = _layout(self.layout, self.num_ranks, length)
+    def layout_and_mask(
+        self, tokens: int, packing: torch.Tensor | None, *, causal: bool, window: int
+    ) -> tuple[Layout, Mask]:
+        """How a sequence of which each rank holds so many tokens is cut, and what its queries see."""
+        if packing is None:
+            return _layout(self.layout, self.num_ranks, self.num_ranks * tokens), Mask(causal, window)
+        packed = decode(packing)
+        return packed.layout, packed.mask(window)
+
+    def carrier(self, layout: Layout, mask: Mask) -> Carrier:
+        """What carries the keys of a sequence that is cut in this way under this mask."""
         if self.num_ranks == 1:
             return Alone(layout, mask)
-        if sends_needed_only(layout, mask):
-            groups = self.groups
+        groups = self.groups
+        if self.method == "exchange" or (mask.documents is None and sends_needed_only(layout, mask)):
             return Exchange(layout, mask, group=groups.ring, grad_group=groups.ring_grad, overlap=self.overlap)
         if self.method == "all_gather":
-            return AllGather(layout, mask, group=self.groups.ring, overlap=self.overlap)
+            return AllGather(layout, mask, group=groups.ring, overlap=self.overlap)
         return Ring(
             layout,
             mask,
-            inner=self.groups.inner,
-            outer=self.groups.outer,
-            inner_grad=self.groups.inner_grad,
-            outer_grad=self.groups.outer_grad,
+            inner=groups.inner,
+            outer=groups.outer,
+            inner_grad=groups.inner_grad,
+            outer_grad=groups.outer_grad,
             overlap=self.overlap,
         )
+
+    def kept_numel(self, k: torch.Tensor, v: torch.Tensor, *, packed: bool, window: int) -> int:
+        """How many elements forward keeps for backward. Known without the packing, which a traced graph cannot read."""
+        if packed:
+            return k.numel() + v.numel() if self.method == "ring" and self.num_ranks > 1 else 0
+        layout, mask = self.layout_and_mask(k.size(2), None, causal=True, window=window)
+        return self.carrier(layout, mask).kept_numel(k, v)
 
 
 _layout = lru_cache(maxsize=64)(make_layout)
@@ -87,32 +107,49 @@ class _Rows:
 
     def __init__(self, q: torch.Tensor, value_dim: int) -> None:
         self._q, self._value_dim = q, value_dim
-        self.out: torch.Tensor | None = None
-        self.lse: torch.Tensor | None = None
+        self._out: torch.Tensor | None = None
+        self._lse: torch.Tensor | None = None
 
-    def add(self, rows: slice, block_out: torch.Tensor, block_lse: torch.Tensor) -> None:
-        wide = accumulator_dtype(self._q.dtype)
-        if self.out is None or self.lse is None:
-            if block_out.size(2) == self._q.size(2):
-                # The first block covers every row: its result, in buffers of its own, starts the accumulation.
-                self.out, self.lse = block_out.to(wide), block_lse.contiguous()
-                return
-            self.out = new_heads(self._q, wide, self._value_dim).zero_()
-            self.lse = torch.full(self._q.shape[:3], -torch.inf, dtype=wide, device=self._q.device)
-        merge(self.out[:, :, rows], self.lse[:, :, rows], block_out, block_lse)
+    def add(self, block: Block, rows: slice, block_out: torch.Tensor, block_lse: torch.Tensor) -> None:
+        """Fold in what a block found. Lower triangles are the first to reach their rows (see `schedule.blocks`)."""
+        if self._out is None and block_out.size(2) == self._q.size(2):
+            # The first block covers every row: its result, in buffers of its own, starts the accumulation.
+            self._out, self._lse = block_out.to(accumulator_dtype(self._q.dtype)), block_lse.contiguous()
+            return
+        out, lse = self.result()
+        if block.shape is Shape.LOWER:
+            out[:, :, rows], lse[:, :, rows] = block_out, block_lse
+        else:
+            merge(out[:, :, rows], lse[:, :, rows], block_out, block_lse)
+
+    def result(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output and log-sum-exp so far; 0 and -inf in rows that have seen no key."""
+        if self._out is None or self._lse is None:
+            wide = accumulator_dtype(self._q.dtype)
+            self._out = new_heads(self._q, wide, self._value_dim).zero_()
+            self._lse = torch.full(self._q.shape[:3], -torch.inf, dtype=wide, device=self._q.device)
+        return self._out, self._lse
 
 
 @torch.library.custom_op("cptrain::attention", mutates_args=())
 def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, route: str, causal: bool, window: int, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    packing: torch.Tensor | None,
+    route: str,
+    causal: bool,
+    window: int,
+    scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Exact attention of this rank's queries over the whole sequence.
 
     Shapes: q [B, H, T, D], k [B, Hk, T, D], v [B, Hk, T, Dv] local shards. Returns out [B, H, T, Dv] in the dtype of q,
     lse [B, H, T] in fp32 (fp64), and the flat keys and values, if any, from which the carrier's backward starts.
+    packing: the documents of the batch (see [Note: a packing is data]), whose rows then follow one another in T: B = 1.
     """
     plan = Route.decode(route)
-    carrier = plan.carrier(plan.num_ranks * k.size(2), Mask(causal, window))
+    carrier = plan.carrier(*plan.layout_and_mask(k.size(2), packing, causal=causal, window=window))
     kernel = _kernel(plan, q, k, v)
     group = q.size(1) // k.size(1)
     results: dict[int, _Rows] = {}
@@ -131,10 +168,10 @@ def attention(
                 block.shape,
                 scale,
             )
-            rows_of.add(rows, *result)
+            rows_of.add(block, rows, *result)
 
     kept = carrier.forward(k, v, compute)
-    outs, lses = zip(*((part.out, part.lse) for part in results.values()), strict=True)
+    outs, lses = zip(*(part.result() for part in results.values()), strict=True)
     out = outs[0] if len(outs) == 1 else torch.cat([x.to(q.dtype) for x in outs], 1)
     lse = lses[0] if len(lses) == 1 else torch.cat(lses, 1)
     return _stored_by_token(out.to(q.dtype)), lse, kept
@@ -155,12 +192,10 @@ def _stored_by_token(x: torch.Tensor) -> torch.Tensor:
 
 
 @attention.register_fake
-def _(q, k, v, route, causal, window, scale):  # type: ignore[no-untyped-def]
-    plan = Route.decode(route)
-    carrier = plan.carrier(plan.num_ranks * k.size(2), Mask(causal, window))
+def _(q, k, v, packing, route, causal, window, scale):  # type: ignore[no-untyped-def]
     out = new_heads(q, q.dtype, v.size(-1))
     lse = q.new_empty(q.shape[:3], dtype=accumulator_dtype(q.dtype))
-    return out, lse, k.new_empty(carrier.kept_numel(k, v))
+    return out, lse, k.new_empty(Route.decode(route).kept_numel(k, v, packed=packing is not None, window=window))
 
 
 @torch.library.custom_op("cptrain::attention_backward", mutates_args=())
@@ -172,6 +207,7 @@ def attention_backward(
     out: torch.Tensor,
     lse: torch.Tensor,
     kept: torch.Tensor,
+    packing: torch.Tensor | None,
     route: str,
     causal: bool,
     window: int,
@@ -179,7 +215,7 @@ def attention_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk, dv of `attention`, shaped and typed as q, k, v."""
     plan = Route.decode(route)
-    carrier = plan.carrier(plan.num_ranks * k.size(2), Mask(causal, window))
+    carrier = plan.carrier(*plan.layout_and_mask(k.size(2), packing, causal=causal, window=window))
     kernel = _kernel(plan, q, k, v)
     group = q.size(1) // k.size(1)
     dqs: dict[int, torch.Tensor] = {}
@@ -187,7 +223,11 @@ def attention_backward(
     def compute(piece: Piece) -> Gradients:
         heads = slice(piece.first_head * group, (piece.first_head + piece.keys.size(1)) * group)
         parts = [x[:, heads] for x in (dout, q, out, lse)]
-        gradients = []
+        gradients: Gradients = []
+        sums = None
+        if len(piece.blocks) > MOST_BLOCKS:
+            wide = accumulator_dtype(k.dtype)
+            sums = new_heads(piece.keys, wide).zero_(), new_heads(piece.values, wide).zero_()
         for block in piece.blocks:
             rows, columns = _rows(block, causal), slice(block.k_start, block.k_stop)
             block_dout, queries, block_out, block_lse = (x[:, :, rows] for x in parts)
@@ -209,7 +249,10 @@ def attention_backward(
                     dqs[piece.first_head] = new_heads(parts[1], accumulator_dtype(q.dtype)).zero_()
                 dqs[piece.first_head][:, :, rows] += dq
             gradients.append((columns, dk, dv))
-        return gradients
+            if sums is not None:
+                add(sums, gradients)
+                gradients.clear()
+        return gradients if sums is None else [(slice(None), *sums)]
 
     dk, dv = carrier.backward(k, v, kept, compute)
     totals = list(dqs.values())
@@ -221,20 +264,20 @@ def attention_backward(
 
 
 @attention_backward.register_fake
-def _(dout, q, k, v, out, lse, kept, route, causal, window, scale):  # type: ignore[no-untyped-def]
+def _(dout, q, k, v, out, lse, kept, packing, route, causal, window, scale):  # type: ignore[no-untyped-def]
     return new_heads(q, q.dtype), new_heads(k, k.dtype), new_heads(v, v.dtype)
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    q, k, v, *ctx.settings = inputs
+    q, k, v, packing, *ctx.settings = inputs
     out, lse, kept = output
     ctx.mark_non_differentiable(lse, kept)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, out, lse, kept)
+    ctx.save_for_backward(q, k, v, out, lse, kept, packing)
 
 
 def _backward(ctx, dout, dlse, dkept):  # type: ignore[no-untyped-def]
-    return (*attention_backward(dout, *ctx.saved_tensors, *ctx.settings), *(None for _ in ctx.settings))
+    return (*attention_backward(dout, *ctx.saved_tensors, *ctx.settings), None, *(None for _ in ctx.settings))
 
 
 attention.register_autograd(_backward, setup_context=_setup_context)

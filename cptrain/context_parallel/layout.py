@@ -9,6 +9,7 @@ positions, inverse) reads only the chunks, never the name.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -44,6 +45,19 @@ class Layout:
             )
         if any(list(shard) != sorted(shard) for shard in self.chunks):
             raise ValueError(f"every rank must hold its chunks in rising order, got {self.chunks}")
+        # Schedules are looked up by layout at every hop of every layer, and a long sequence has hundreds of chunks.
+        object.__setattr__(self, "_hash", hash((self.chunk_size, self.chunks)))
+
+    def __hash__(self) -> int:
+        return self._hash  # type: ignore[attr-defined]
+
+    @classmethod
+    def of_owners(cls, owners: Sequence[int], num_ranks: int, chunk_size: int) -> Layout:
+        """The layout in which chunk c is held by rank `owners[c]`."""
+        held: list[list[int]] = [[] for _ in range(num_ranks)]
+        for chunk, owner in enumerate(owners):
+            held[owner].append(chunk)
+        return cls(chunk_size, tuple(map(tuple, held)))
 
     @property
     def num_ranks(self) -> int:
@@ -101,7 +115,7 @@ def zigzag(num_ranks: int, length: int) -> Layout:
     )
 
 
-LAYOUTS = {"contiguous": contiguous, "zigzag": zigzag}
+LAYOUTS = {"contiguous": contiguous, "zigzag": zigzag}  # those that depend on nothing but the length
 
 
 def make_layout(name: str, num_ranks: int, length: int) -> Layout:

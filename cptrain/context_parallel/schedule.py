@@ -48,16 +48,50 @@ class Block(NamedTuple):
 
 
 def blocks(queries: Sequence[Span], keys: Sequence[Span], mask: Mask) -> tuple[Block, ...]:
-    """The blocks of these queries against these keys, each given as the spans of the global sequence it holds."""
+    """The blocks of these queries against these keys, each given as the spans of the global sequence it holds.
+
+    Lower triangles come first. Where the keys include the queries' own, each query that sees any key is in exactly one
+    of them, the one with its own key: what its other blocks find is merged into the result of that.
+    """
     if not mask.causal:
         return (Block(0, _length(queries), 0, _length(keys)),)
-    last_query, first_key = queries[-1].start + queries[-1].length - 1, keys[0].start
-    windowed = mask.window and last_query - first_key >= mask.window
+    if mask.documents is None:
+        return _sorted(_causal_blocks(queries, keys, mask.window))
+    theirs = mask.documents.cut(keys)
+    found: list[Block] = []
+    for document, ours in mask.documents.cut(queries).items():
+        if document in theirs:
+            found += _causal_blocks(ours, theirs[document], mask.window)
+    return _sorted(found)
+
+
+def _causal_blocks(queries: Sequence[Span], keys: Sequence[Span], window: int) -> list[Block]:
+    """The blocks of queries and keys of one document, both in rising order and without gaps in what is held here."""
+    first, last = queries[0], queries[-1]
+    windowed = window and last.start + last.length - 1 - keys[0].start >= window
     if list(queries) == list(keys) and not windowed:
         # Local order is global order, so the causal mask of the shard is the causal mask of the sequence.
-        return (Block(0, _length(queries), 0, _length(keys), Shape.LOWER),)
-    found = [block for q in queries for k in keys for block in _rectangle(q, k, mask)]
-    return _joined(found)
+        start, stop = first.local, last.local + last.length
+        return [Block(start, stop, start, stop, Shape.LOWER)]
+    return _joined([block for q in queries for block in _row(q, keys, window)])
+
+
+def _row(q: Span, keys: Sequence[Span], window: int) -> Iterator[Block]:
+    """The blocks of one span of queries against all of keys; the keys before it that all of it sees are one block."""
+    stop = q.start + q.length
+    first_seen = stop - window if window else 0  # by all of the queries
+    seen: list[Span] = []
+    for k in keys:
+        if k.start >= first_seen and k.start + k.length <= q.start:
+            seen.append(k)
+        elif k.start < stop and (not window or k.start + k.length > q.start - window + 1):
+            yield from _rectangle(q, k, window)
+    if seen:
+        yield Block(q.local, q.local + q.length, seen[0].local, seen[-1].local + seen[-1].length)
+
+
+def _sorted(found: list[Block]) -> tuple[Block, ...]:
+    return tuple(sorted(found, key=lambda block: block.shape is not Shape.LOWER))
 
 
 def shard_blocks(layout: Layout, mask: Mask, rank: int, source: int) -> tuple[Block, ...]:
@@ -98,14 +132,14 @@ def _length(spans: Sequence[Span]) -> int:
     return sum(span.length for span in spans)
 
 
-def _rectangle(q: Span, k: Span, mask: Mask) -> Iterator[Block]:
+def _rectangle(q: Span, k: Span, window: int) -> Iterator[Block]:
     """The blocks of one span of queries against one span of keys.
 
     Row r sees the columns r + low .. r + high, cut to [0, width). Rows are split where one of these diagonals enters or
     leaves the rectangle; within a strip each diagonal is then either wholly inside it or wholly beside it.
     """
     width, high = k.length, q.start - k.start
-    low = high - mask.window + 1 if mask.window else -q.length - width
+    low = high - window + 1 if window else -q.length - width
     edges = {0, q.length, -high, width - high, -low, width - low}
     cuts = sorted(edge for edge in edges if 0 <= edge <= q.length)
     for begin, end in pairwise(cuts):
@@ -113,7 +147,7 @@ def _rectangle(q: Span, k: Span, mask: Mask) -> Iterator[Block]:
             continue  # the keys of these rows all come later, or the window has left them all behind
         cut_high, cut_low = begin + high < width, begin + low >= 0
         # Where both diagonals cross the strip it must be no higher than the band between them is wide.
-        step = max(1, mask.window - 1) if cut_high and cut_low else end - begin
+        step = max(1, window - 1) if cut_high and cut_low else end - begin
         for row in range(begin, end, step):
             yield from _strip(q, k, row, min(row + step, end), low if cut_low else None, high if cut_high else None)
 
@@ -137,7 +171,7 @@ def _strip(q: Span, k: Span, begin: int, end: int, low: int | None, high: int | 
         yield Block(*rows, k.local + left, k.local + right)
 
 
-def _joined(found: list[Block]) -> tuple[Block, ...]:
+def _joined(found: list[Block]) -> list[Block]:
     """The same pairs in fewer full blocks: neighbours along the keys are joined first, then along the queries."""
     along_keys: list[Block] = []
     for block in found:
@@ -153,7 +187,7 @@ def _joined(found: list[Block]) -> tuple[Block, ...]:
             along_queries.append(block)
         else:
             along_queries[above] = along_queries[above]._replace(q_stop=block.q_stop)
-    return tuple(along_queries)
+    return along_queries
 
 
 def _meets(k_stop: int, first: Block, second: Block) -> bool:

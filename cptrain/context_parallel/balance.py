@@ -1,0 +1,237 @@
+"""Which rank holds which chunk of packed documents, so that attention is even work and few keys travel.
+
+[Note: dealing chunks]
+Attention inside documents is uneven work: a chunk at the end of a long document looks at thousands of times as many
+pairs as one of short documents, and any fixed pattern leaves some ranks with two to four times the work of others. So
+chunks of equal length are dealt, the heaviest first, as many to every rank: a rank takes a chunk only as long as its
+work, with what the lightest chunks left over would add to fill it up, stays under its share. Of the ranks that may take
+a chunk, the one gets it for which the fewest keys have to travel: a rank that holds later chunks of a document receives
+its earlier ones anyway. The end of a long document therefore goes to few ranks, and short ones stay whole. Swaps even
+out what is left. A window that is mostly one document is better cut in zigzag; both are tried and the cheaper is taken.
+
+Everything here is arithmetic on a few thousand integers, the same on every rank: no processes, no tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from cptrain.context_parallel.layout import Layout, zigzag
+from cptrain.context_parallel.mask import Documents, num_visible
+
+SLACK = 0.02  # of a rank's share of the work: what may be given away for locality while dealing
+LIMIT = 1.03  # largest work of a rank over the mean that is not evened out by swaps
+AUTO_CHUNKS = 16  # chunks per rank that "auto" aims at; more balance no better and cut more documents
+AUTO_SMALLEST = 256  # tokens of a chunk below which kernels get slow
+
+
+class Part(NamedTuple):
+    """Tokens [begin, end) of a document, counted from its start, as far as they lie in one chunk."""
+
+    document: int
+    begin: int
+    end: int
+
+
+def choose_chunk_size(shard_length: int, wanted: int | str = "auto") -> int:
+    """Tokens of a chunk for ranks that hold `shard_length` tokens of a sequence: the divisor nearest to what is wanted.
+
+    "auto" wants max(256, shard_length / 16), or half a shard where that is more. Raises ValueError for a number that
+    does not divide.
+    """
+    small = [d for d in range(1, math.isqrt(shard_length) + 1) if shard_length % d == 0]
+    fitting = sorted({*small, *(shard_length // d for d in small)})
+    if wanted == "auto":
+        target = min(max(AUTO_SMALLEST, shard_length / AUTO_CHUNKS), max(1.0, shard_length / 2))
+        return min(fitting, key=lambda size: (max(size / target, target / size), size))
+    size = int(wanted)
+    if size not in fitting:
+        near = sorted(sorted(fitting, key=lambda other: max(other / max(size, 1), max(size, 1) / other))[:2])
+        raise ValueError(
+            f"chunk_size = {wanted}: must divide the {shard_length} tokens of a sequence that a ring rank holds; "
+            f"try {' or '.join(map(str, near))}"
+        )
+    return size
+
+
+def deal(documents: Documents, *, num_ranks: int, num_rows: int, chunk_size: int, window: int = 0) -> Layout:
+    """The layout of a stream of `num_rows` rows, dealt by work; every rank gets as many chunks of each row.
+
+    window: of the layers that see most; work counts only the pairs inside of it.
+    Source: longest-processing-time-first, R. Graham, "Bounds on Multiprocessing Timing Anomalies", 1969.
+    """
+    length = documents.length // num_rows
+    if num_ranks == 1:
+        return Layout(documents.length, ((0,),))
+    parts = chunk_parts(documents, chunk_size)
+    work = work_of(parts, window)
+    candidates = [_deal(parts, work, documents, num_ranks, num_rows)]
+    per_row = length // chunk_size
+    if per_row % (2 * num_ranks) == 0:
+        half = per_row // (2 * num_ranks)
+        pattern = zigzag(num_ranks, 2 * num_ranks).chunks
+        owner_of_half = [next(r for r, halves in enumerate(pattern) if h in halves) for h in range(2 * num_ranks)]
+        candidates.append([owner_of_half[chunk % per_row // half] for chunk in range(len(parts))])
+    even = [owners for owners in candidates if imbalance(work, owners, num_ranks) <= LIMIT] or candidates[:1]
+    owners = min(even, key=lambda owners: num_moved(parts, owners, window=window))
+    return Layout.of_owners(owners, num_ranks, chunk_size)
+
+
+def owners_of(layout: Layout) -> list[int]:
+    """The rank that holds each chunk."""
+    owners = [0] * sum(map(len, layout.chunks))
+    for rank, chunks in enumerate(layout.chunks):
+        for chunk in chunks:
+            owners[chunk] = rank
+    return owners
+
+
+def work_of(parts: Sequence[Sequence[Part]], window: int = 0) -> list[int]:
+    """(query, key) pairs of the queries of each chunk."""
+    return [sum(num_visible(p.end, window) - num_visible(p.begin, window) for p in chunk) for chunk in parts]
+
+
+def chunk_parts(documents: Documents, chunk_size: int) -> list[list[Part]]:
+    """What lies in each chunk of the stream, without padding."""
+    parts: list[list[Part]] = [[] for _ in range(documents.length // chunk_size)]
+    for number, (start, stop) in enumerate(documents.spans()):
+        first = start
+        while first < stop:
+            chunk = first // chunk_size
+            end = min(stop, (chunk + 1) * chunk_size)
+            parts[chunk].append(Part(number, first - start, end - start))
+            first = end
+    return parts
+
+
+def imbalance(work: Sequence[int], owners: Sequence[int], num_ranks: int) -> float:
+    """The largest work of a rank over the mean of all; 1.0 is even."""
+    loads = [0] * num_ranks
+    for amount, owner in zip(work, owners, strict=True):
+        loads[owner] += amount
+    return max(loads) * num_ranks / max(sum(loads), 1)
+
+
+def num_moved(parts: Sequence[Sequence[Part]], owners: Sequence[int], *, window: int = 0, inner_degree: int = 1) -> int:
+    """Keys that travel from their owner to a rank whose queries see them, over all pairs of ranks.
+
+    inner_degree: above 1 only pairs of ranks of different inner rings count.
+    """
+    begins: dict[int, dict[int, list[int]]] = {}  # of the parts of each document that a rank holds, rising
+    for chunk, owner in zip(parts, owners, strict=True):
+        for part in chunk:
+            begins.setdefault(part.document, {}).setdefault(owner, []).append(part.begin)
+    moved = 0
+    for chunk, owner in zip(parts, owners, strict=True):
+        for part in chunk:
+            for rank, held in begins[part.document].items():
+                is_far = rank // inner_degree != owner // inner_degree if inner_degree > 1 else rank != owner
+                if is_far and held[-1] > part.begin:
+                    nearest = held[bisect_right(held, part.begin)]  # it sees most of this part, if there is a window
+                    first = max(part.begin, nearest - window + 1) if window else part.begin
+                    moved += max(0, part.end - first)
+    return moved
+
+
+class _Hand:
+    """What one rank has been dealt so far."""
+
+    def __init__(self, slots: list[int]) -> None:
+        self.work = 0
+        self.free = slots  # by row
+        self.parts: dict[int, list[Part]] = {}  # by document, of those in several chunks
+
+    @property
+    def num_free(self) -> int:
+        return sum(self.free)
+
+    def extra_keys(self, chunk: Sequence[Part]) -> int:
+        """How many more keys this rank receives if it takes the chunk; negative where it needs them already."""
+        extra = 0
+        for part in chunk:
+            held = self.parts.get(part.document)
+            if held is None:
+                extra += part.begin
+                continue
+            reach = max(other.begin for other in held)
+            if reach > part.begin:
+                extra -= part.end - part.begin
+            else:
+                extra += part.begin - reach - sum(o.end - o.begin for o in held if o.begin >= reach)
+        return extra
+
+
+def _deal(parts: list[list[Part]], work: list[int], documents: Documents, num_ranks: int, num_rows: int) -> list[int]:
+    """The owner of each chunk; see [Note: dealing chunks]."""
+    num_chunks, per_row = len(parts), len(parts) // num_rows
+    slots = per_row // num_ranks
+    share = sum(work) / num_ranks
+    lengths = [stop - start for start, stop in documents.spans()]
+    # Of a document inside one chunk nothing ever travels.
+    spread = [[p for p in chunk if p.begin > 0 or p.end < lengths[p.document]] for chunk in parts]
+    order = sorted(range(num_chunks), key=lambda chunk: (-work[chunk], chunk))
+    lightest = [0]  # work of the i lightest chunks
+    for chunk in reversed(order):
+        lightest.append(lightest[-1] + work[chunk])
+    hands = [_Hand([slots] * num_rows) for _ in range(num_ranks)]
+    reserved = 0  # slots that ranks which hold something have still to fill
+    owners = [0] * num_chunks
+    for dealt, chunk in enumerate(order, start=1):
+        row, best, choice = chunk // per_row, None, 0
+        for rank, hand in enumerate(hands):
+            if not hand.free[row]:
+                continue
+            free = hand.num_free
+            # The lightest chunks left over fill the slots of all ranks that hold something, this one's among them.
+            fillers = min(num_chunks - dealt, reserved - 1 if hand.parts or hand.work else reserved + free - 1)
+            filled = hand.work + work[chunk] + (free - 1) * (lightest[fillers] / fillers if fillers else 0.0)
+            cost = (max(0.0, filled - share * (1 + SLACK)), hand.extra_keys(spread[chunk]), hand.work)
+            if best is None or cost < best:
+                best, choice = cost, rank
+        hand = hands[choice]
+        reserved += -1 if hand.parts or hand.work else hand.num_free - 1
+        owners[chunk] = choice
+        hand.work += work[chunk]
+        hand.free[row] -= 1
+        for part in spread[chunk]:
+            hand.parts.setdefault(part.document, []).append(part)
+    _swap(owners, work, num_ranks, per_row)
+    return owners
+
+
+def _swap(owners: list[int], work: list[int], num_ranks: int, per_row: int) -> None:
+    """Exchange chunks of one row between the rank with most work and others, until it has no more than LIMIT."""
+    held: list[list[int]] = [[] for _ in range(num_ranks)]
+    loads = [0] * num_ranks
+    for chunk, owner in enumerate(owners):
+        held[owner].append(chunk)
+        loads[owner] += work[chunk]
+    limit = LIMIT * sum(loads) / num_ranks
+    for _ in range(4 * num_ranks):
+        most = max(range(num_ranks), key=loads.__getitem__)
+        if loads[most] <= limit:
+            return
+        best: tuple[int, int, int, int] | None = None
+        for rank in sorted(range(num_ranks), key=loads.__getitem__)[:4]:
+            gap = loads[most] - loads[rank]
+            for mine in held[most]:
+                for theirs in held[rank]:
+                    change = work[mine] - work[theirs]
+                    if 0 < change < gap and mine // per_row == theirs // per_row:
+                        after = max(loads[most] - change, loads[rank] + change)
+                        if best is None or after < best[0]:
+                            best = (after, rank, mine, theirs)
+        if best is None:
+            return
+        _, rank, mine, theirs = best
+        owners[mine], owners[theirs] = rank, most
+        held[most].remove(mine)
+        held[rank].remove(theirs)
+        held[most].append(theirs)
+        held[rank].append(mine)
+        change = work[mine] - work[theirs]
+        loads[most] -= change
+        loads[rank] += change

@@ -1,0 +1,104 @@
+"""A batch of packed documents under a plan: what users cut their tensors with, and enter for attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cptrain.context_parallel.packing import Packing
+
+if TYPE_CHECKING:
+    from cptrain.context_parallel.api import ContextParallel
+
+
+class Entered:
+    """The batch that a plan is inside of: the one thing about a plan that changes.
+
+    Read by every attention of the plan, in whatever thread a backward pass recomputes it: no context variable.
+    packing: encoded, None outside of batches. route: of its keys. shape: rows, tokens of a row.
+    """
+
+    def __init__(self) -> None:
+        self.packing: torch.Tensor | None = None
+        self.route = ""
+        self.shape = (0, 0)
+
+    def enter(self, packing: torch.Tensor, route: str, shape: tuple[int, int]) -> None:
+        self.packing, self.route, self.shape = packing, route, shape
+
+    def leave(self) -> None:
+        self.packing, self.route, self.shape = None, "", (0, 0)
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One batch of packed documents under a plan: cuts tensors as its chunks were dealt, and is entered for attention.
+
+    While it is entered, attention of its plan is causal inside of each document. Backward passes belong inside, too:
+    activation checkpointing computes attention again there. Entering another batch first is an error, not a mistake
+    that could go unnoticed. Made by `ContextParallel.pack`.
+    """
+
+    plan: ContextParallel
+    packing: Packing
+    encoded: torch.Tensor
+
+    def shard(self, *tensors: torch.Tensor, dim: int = 1, as_dtensor: bool = False) -> Any:
+        """This rank's part of each tensor [B, ..., S, ...], as `ContextParallel.shard`; each row is cut in its way."""
+        parts = []
+        for x in tensors:
+            self._check_shape(x.size(0), x.size(dim), x, dim)
+            index = self._pieces()[self.plan._place()]  # [B, T]
+            part = _taken(x, index, dim)
+            parts.append(self.plan._as_dtensor(part, dim) if as_dtensor else part)
+        return parts[0] if len(parts) == 1 else tuple(parts)
+
+    def unshard(self, x: torch.Tensor, *, dim: int) -> torch.Tensor:
+        """The global tensor in global order, on every rank: the inverse of `shard`. Differentiable."""
+        whole = self.plan._gathered(x, dim)
+        self._check_shape(whole.size(0), whole.size(dim), whole, dim)
+        return _taken(whole, torch.argsort(self._pieces().transpose(0, 1).flatten(1), dim=1), dim)
+
+    def __enter__(self) -> PackedBatch:
+        plan, packing = self.plan, self.packing
+        if plan._entered.packing is not None:
+            raise RuntimeError("another batch is entered: leave it (after its backward pass) before entering this one")
+        exchanges = plan.method != "all_gather" and plan.ring_degree > 1
+        exchanges = exchanges and packing.exchange_is_cheaper(plan.ring_inner_degree)
+        route = plan._exchange_route if exchanges else plan._route
+        plan._entered.enter(self.encoded, route, (packing.num_rows, packing.row_length))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.plan._entered.leave()
+
+    def _pieces(self) -> torch.Tensor:
+        """Place in its row of every rank's tokens, ranks in the order of the mesh: [degree, B, T]."""
+        return self.plan._pieces_of(self.packing.positions())
+
+    def _check_shape(self, rows: int, length: int, x: torch.Tensor, dim: int) -> None:
+        if (rows, length) != (self.packing.num_rows, self.packing.row_length):
+            raise ValueError(
+                f"{tuple(x.shape)}: this batch has {self.packing.num_rows} rows along dim 0 and "
+                f"{self.packing.row_length} tokens along dim {dim}"
+            )
+
+
+def _taken(x: torch.Tensor, index: torch.Tensor, dim: int) -> torch.Tensor:
+    """x [B, ..., S, ...] with the tokens index [B, T] of each row along `dim`."""
+    stream = x.movedim(dim, 1).flatten(0, 1)
+    rows = torch.arange(index.size(0))[:, None] * x.size(dim)
+    taken = stream.index_select(0, (index + rows).flatten().to(x.device))
+    return taken.unflatten(0, tuple(index.shape)).movedim(1, dim)
+
+
+def rows_joined(x: torch.Tensor) -> torch.Tensor:
+    """x [B, H, T, D] as one row [1, H, B * T, D]: a view, if it is stored by token."""
+    return x.transpose(1, 2).flatten(0, 1).unsqueeze(0).transpose(1, 2)
+
+
+def rows_split(x: torch.Tensor, batch: int) -> torch.Tensor:
+    """The inverse of `rows_joined`."""
+    return x.transpose(1, 2).squeeze(0).unflatten(0, (batch, -1)).transpose(1, 2)

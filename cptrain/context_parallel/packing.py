@@ -1,0 +1,174 @@
+"""One batch of packed documents: where they begin, which rank holds which chunk, what that costs; as a tensor, too.
+
+[Note: a packing is data]
+Documents differ from batch to batch while a compiled graph, a checkpointed region and the groups of a plan stay. So
+what attention needs to know of a batch is a tensor on the CPU, an argument of the operator like any other: it is made
+by the data loader ahead of the step, saved for the backward pass, and read by the host without waiting for a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from cptrain.context_parallel.balance import chunk_parts, deal, num_moved, owners_of, work_of
+from cptrain.context_parallel.layout import Layout
+from cptrain.context_parallel.mask import Documents, Mask
+
+GRADIENT_WIDTH = 2  # bytes of a gradient of keys (fp32) over those of a key (bf16)
+SMALLEST = 256  # encodings are filled up to a power of two from here, so that compiled graphs meet few shapes
+
+
+class Cost(NamedTuple):
+    """Of one attention over a batch, counted over all rows, ranks and pairs of ranks.
+
+    num_pairs: (query, key) pairs. largest_work: those of the rank with most. num_moved: keys that travel if only those
+    that are seen do; num_moved_far: the part of them between ranks of different inner rings.
+    """
+
+    num_pairs: int
+    largest_work: int
+    num_moved: int
+    num_moved_far: int
+
+
+@dataclass(frozen=True)
+class Packing:
+    """documents: of all rows of the batch, one row after another. layout: of that stream, over the ring's ranks.
+
+    Every rank holds as many tokens of each row. Raises ValueError where rows, documents and chunks do not fit together.
+    """
+
+    documents: Documents
+    layout: Layout
+    num_rows: int
+    cost: Cost
+
+    def __post_init__(self) -> None:
+        length, layout = self.documents.length, self.layout
+        if length % self.num_rows or layout.length != length:
+            raise ValueError(f"{self.num_rows} rows, documents of {length} and chunks of {layout.length} tokens in all")
+        row = length // self.num_rows
+        if not {row * number for number in range(1, self.num_rows)} <= set(self.documents.offsets):
+            raise ValueError(f"a document spans two rows of {row} tokens: rows begin documents of their own")
+
+    @property
+    def row_length(self) -> int:
+        """Tokens of one row, over all ranks."""
+        return self.documents.length // self.num_rows
+
+    @property
+    def imbalance(self) -> float:
+        """The largest attention work of a rank over the mean of all; 1.0 is even."""
+        return self.cost.largest_work * self.layout.num_ranks / max(self.cost.num_pairs, 1)
+
+    @property
+    def moved_share(self) -> float:
+        """Keys that travel, of those that a full ring moves; 0.0 for one rank."""
+        full = (self.layout.num_ranks - 1) * self.layout.length
+        return self.cost.num_moved / full if full else 0.0
+
+    def exchange_is_cheaper(self, inner_degree: int = 1) -> bool:
+        """Whether keys that go straight to their readers, and gradients back, are fewer bytes than in a (double) ring.
+
+        An exchange sends what moves twice, and its gradients once. A ring sends everything N - 1 times, then N - 2
+        times, starting from the keys it ended with, and gradients N - 1 times. Of a double ring, the slow link counts.
+        """
+        num_ranks, length = self.layout.num_ranks, self.layout.length
+        moved, times = self.cost.num_moved, (2 * num_ranks - 3, num_ranks - 1)
+        if 1 < inner_degree < num_ranks:
+            groups = num_ranks // inner_degree
+            moved, times = self.cost.num_moved_far, (2 * groups - 2, groups - 1)
+        return moved * (2 + GRADIENT_WIDTH) < length * (times[0] + GRADIENT_WIDTH * times[1])
+
+    def mask(self, window: int = 0) -> Mask:
+        """What queries of this batch see, with a sliding window or without."""
+        return Mask(causal=True, window=window, documents=self.documents)
+
+    def positions(self) -> torch.Tensor:
+        """Place in its row of every token that each rank of the ring holds: [ranks, rows, tokens], int64."""
+        shards = self.layout.permutation().view(self.layout.num_ranks, self.num_rows, -1)
+        return shards % self.row_length
+
+    def encode(self) -> torch.Tensor:
+        """The packing as int64 [a power of two], on the CPU; `decode` gives it back."""
+        offsets, padding = self.documents.offsets, self.documents.padding
+        numbers = [self.num_rows, self.layout.num_ranks, self.layout.chunk_size, len(offsets), len(padding)]
+        numbers += [*self.cost, *offsets, *padding, *owners_of(self.layout)]
+        size = max(SMALLEST, 1 << (len(numbers) - 1).bit_length())
+        return torch.tensor(numbers + [0] * (size - len(numbers)), dtype=torch.int64)
+
+
+def decode(encoded: torch.Tensor) -> Packing:
+    """The packing that `Packing.encode` made this tensor of; while it is in use, the same object every time."""
+    return _decode(encoded.numpy().tobytes())
+
+
+@lru_cache(maxsize=64)
+def _decode(content: bytes) -> Packing:
+    numbers = iter(memoryview(content).cast("q").tolist())
+
+    def take(count: int) -> tuple[int, ...]:
+        return tuple(next(numbers) for _ in range(count))
+
+    num_rows, num_ranks, chunk_size, num_offsets, num_padding = take(5)
+    cost = Cost(*take(len(Cost._fields)))
+    documents = Documents(take(num_offsets), take(num_padding))
+    layout = Layout.of_owners(take(documents.length // chunk_size), num_ranks, chunk_size)
+    return Packing(documents, layout, num_rows, cost)
+
+
+def pack(
+    documents: Documents,
+    *,
+    num_ranks: int,
+    num_rows: int,
+    chunk_size: int,
+    window: int = 0,
+    inner_degree: int = 1,
+    layout: Layout | None = None,
+) -> Packing:
+    """The packing of a batch over a ring of `num_ranks`: its chunks dealt as `balance.deal` does, or laid as given.
+
+    window: of the layers whose work is to be even; inner_degree: ranks of an inner ring.
+    """
+    if layout is None:
+        layout = deal(documents, num_ranks=num_ranks, num_rows=num_rows, chunk_size=chunk_size, window=window)
+    parts, owners = chunk_parts(documents, layout.chunk_size), owners_of(layout)
+    work = work_of(parts, window)
+    loads = [sum(work[chunk] for chunk in chunks) for chunks in layout.chunks]
+    moved = num_moved(parts, owners, window=window)
+    far = num_moved(parts, owners, window=window, inner_degree=inner_degree) if inner_degree > 1 else moved
+    return Packing(documents, layout, num_rows, Cost(sum(loads), max(loads), moved, far))
+
+
+def find_documents(document_ids: torch.Tensor) -> Documents:
+    """The documents of a batch from the ids [B, S] of its tokens: equal within a document, negative for padding.
+
+    Raises ValueError for another shape.
+    """
+    if document_ids.ndim != 2 or document_ids.numel() == 0:
+        raise ValueError(f"document_ids {tuple(document_ids.shape)}: must be [B, S], an id for every token")
+    ids = document_ids.detach().cpu()
+    begins = torch.ones(ids.shape, dtype=torch.bool)
+    begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    starts = begins.flatten().nonzero().flatten()
+    padding = (ids.flatten()[starts] < 0).nonzero().flatten()
+    return Documents((*starts.tolist(), ids.numel()), tuple(padding.tolist()))
+
+
+def join_offsets(offsets: Sequence[Sequence[int]]) -> Documents:
+    """The documents of a batch from the offsets of each row, which rise from 0 to the length of all rows.
+
+    Raises ValueError for rows that do not.
+    """
+    length = offsets[0][-1] if offsets and offsets[0] else 0
+    for number, row in enumerate(offsets):
+        if len(row) < 2 or row[0] != 0 or row[-1] != length:
+            raise ValueError(f"offsets[{number}] = {list(row)}: must rise from 0 to the length of all rows, {length}")
+    starts = [length * number + offset for number, row in enumerate(offsets) for offset in row[:-1]]
+    return Documents((*starts, length * len(offsets)))

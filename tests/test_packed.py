@@ -1,0 +1,152 @@
+"""Packed documents: attention inside each equals one process with a dense mask, whatever the method and the pack."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from typing import Any
+
+import pytest
+import torch
+from test_attention import HEADS, problem
+from tolerance import assert_matches
+from torch.distributed.device_mesh import init_device_mesh
+
+from cptrain.context_parallel import ContextParallel
+
+CHUNK = 6  # tokens
+PLANS: dict[int, dict[str, dict[str, Any]]] = {
+    1: {"alone": {}},
+    2: {
+        "ring": {"ring": 2},
+        "ulysses": {"ulysses": 2},
+        "all-gather": {"ring": 2, "method": "all_gather"},
+        "ring without overlap": {"ring": 2, "overlap": False},
+    },
+    3: {
+        "ring": {"ring": 3},
+        "all-gather": {"ring": 3, "method": "all_gather"},
+        "double ring of 3": {"ring": 3, "ring_inner_degree": 3},
+    },
+    4: {
+        "ring": {"ring": 4},
+        "ulysses": {"ulysses": 4},
+        "hybrid": {"ring": 2, "ulysses": 2},
+        "hybrid, ulysses outside": {"ring": 2, "ulysses": 2, "outside": "ulysses"},
+        "double ring 2 x 2": {"ring": 4, "ring_inner_degree": 2},
+        "all-gather": {"ring": 4, "method": "all_gather"},
+    },
+    8: {
+        "ring": {"ring": 8},
+        "hybrid with double ring": {"ring": 4, "ulysses": 2, "ring_inner_degree": 2},
+        "all-gather": {"ring": 8, "method": "all_gather"},
+    },
+}
+
+
+def lengths_of(name: str, length: int) -> list[int]:
+    """Lengths of the documents of one row; a negative one is padding."""
+    if name == "one document":
+        return [length]
+    if name == "tokens":
+        return [1] * length
+    if name == "on chunk edges":
+        return [CHUNK] * (length // CHUNK)
+    if name == "off chunk edges":
+        return [CHUNK + 1] * ((length - 2) // (CHUNK + 1)) + [length - (length - 2) // (CHUNK + 1) * (CHUNK + 1)]
+    if name == "long and short":
+        return [length - 10, 1, 4, 3, 2]
+    if name == "padding tail":
+        return [length // 2 - 3, length // 4, -(length - length // 2 + 3 - length // 4)]
+    generator, lengths = random.Random(name), []
+    while sum(lengths) < length:
+        lengths.append(min(length - sum(lengths), 1 + int(generator.expovariate(1 / generator.choice((2, 9, 40))))))
+    return lengths
+
+
+PACKS = ("one document", "tokens", "on chunk edges", "off chunk edges", "long and short", "padding tail", "a", "b", "c")
+
+
+def ids_of(names: tuple[str, ...], length: int) -> torch.Tensor:
+    """Ids [B, S] of the documents of the rows."""
+    rows = []
+    for name in names:
+        lengths = lengths_of(name, length)
+        ids = torch.tensor([-1 if n < 0 else number for number, n in enumerate(lengths)])
+        rows.append(ids.repeat_interleave(torch.tensor([abs(n) for n in lengths])))
+    return torch.stack(rows)
+
+
+def seen(ids: torch.Tensor, window_size: int | None = None) -> torch.Tensor:
+    """The dense mask [B, 1, S, S] that ids and window stand for."""
+    length = ids.size(1)
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    mask = (distance >= 0) & (distance < (window_size or length))
+    return (mask & (ids[:, :, None] == ids[:, None, :]) & (ids >= 0)[:, :, None])[:, None]
+
+
+def single_process(q, k, v, dout, ids: torch.Tensor, window_size: int | None):
+    """Output and gradients with a dense mask; tokens that see nothing give nothing."""
+    q, k, v = (x.detach().clone().requires_grad_() for x in (q, k, v))
+    keys, values = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
+    scores = (q @ keys.mT / q.size(-1) ** 0.5).masked_fill(~seen(ids, window_size), -torch.inf)
+    out = torch.where(seen(ids, window_size).any(-1, keepdim=True), scores, 0.0).softmax(-1) @ values
+    out = out * (ids >= 0)[:, None, :, None]
+    return out.detach(), *torch.autograd.grad(out, (q, k, v), dout)
+
+
+def make_plan(*, ring: int = 1, ulysses: int = 1, outside: str = "ring", **options: Any) -> ContextParallel:
+    axes = {"ring": ring, "ulysses": ulysses}
+    names = ("ring", "ulysses") if outside == "ring" else ("ulysses", "ring")
+    mesh = init_device_mesh("cpu", tuple(axes[name] for name in names), mesh_dim_names=names)
+    return ContextParallel(mesh, layout="balanced", **{"chunk_size": CHUNK, **options})
+
+
+def sharded(cp: ContextParallel, q, k, v, dout, ids: torch.Tensor, window_size: int | None):
+    """The same through a plan, gathered to global order."""
+    batch = cp.pack(ids)
+    q, k, v = (x.requires_grad_() for x in batch.shard(q, k, v, dim=2))
+    with batch:
+        out = cp.attention(q, k, v, is_causal=True, window_size=window_size)
+        grads = torch.autograd.grad(out, (q, k, v), batch.shard(dout, dim=2))
+    return tuple(batch.unshard(x.detach(), dim=2) for x in (out, *grads))
+
+
+def check_every_pack(rank: int, world: int, options: dict[str, Any]) -> None:
+    plan, length = make_plan(**options), 2 * CHUNK * 2 * world
+    rows = [(name, PACKS[number - 1]) for number, name in enumerate(PACKS)]
+    for ((heads, kv_heads), window_size), names in itertools.product(
+        zip(HEADS.values(), (None, 5, None), strict=True), rows
+    ):
+        inputs, ids = problem(heads, kv_heads, length=length), ids_of(names, length)
+        expected = single_process(*inputs, ids, window_size)
+        actual = sharded(plan, *inputs, ids, window_size)
+        for name, a, e in zip(("out", "dq", "dk", "dv"), actual, expected, strict=True):
+            # A pack of single tokens alone has no gradient at queries; its row here is one of two.
+            try:
+                assert_matches(a, e)
+            except AssertionError as error:
+                raise AssertionError(
+                    f"{name}, {names}, {heads}/{kv_heads} heads, window {window_size}: {error}"
+                ) from None
+
+
+@pytest.mark.parametrize(("world", "name"), [(world, name) for world, plans in PLANS.items() for name in plans])
+def test_packed_attention_equals_one_process_in_fp64(pool, world, name):
+    pool.run(world, check_every_pack, PLANS[world][name])
+
+
+def routes_of_packs(rank: int, world: int, options: dict[str, Any]) -> dict[str, str]:
+    plan, routes = make_plan(**options), {}
+    for name in ("one document", "on chunk edges", "a"):
+        with plan.pack(ids_of((name,), 2 * CHUNK * 2 * world)):
+            routes[name] = plan._entered.route.partition(";")[0]
+    return routes
+
+
+def test_packed_keys_go_round_the_ring_or_straight_to_readers_by_what_is_cheaper(pool):
+    assert pool.run(2, routes_of_packs, PLANS[2]["ring"])[0] == {
+        "one document": "ring",
+        "on chunk edges": "exchange",
+        "a": "exchange",
+    }
