@@ -8,11 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from small import loss_sum, small_batch, small_model
 from test_attention import HEADS, problem
 from tolerance import assert_matches
 from torch.distributed.device_mesh import init_device_mesh
 
 from cptrain.context_parallel import ContextParallel
+from cptrain.context_parallel.packing import Packer, find_documents
+from cptrain.distributed.transport import recorded_messages
+from cptrain.parallel.activation_checkpoint import apply_activation_checkpoint
+from cptrain.parallel.apply import compile_blocks
 
 CHUNK = 6  # tokens
 PLANS: dict[int, dict[str, dict[str, Any]]] = {
@@ -153,3 +159,130 @@ def test_packed_keys_go_round_the_ring_or_straight_to_readers_by_what_is_cheaper
         "on chunk edges": "exchange",
         "a": "exchange",
     }
+
+
+def packed_model(
+    rank: int, world: int, options: dict[str, Any], mode: str, compiled: bool
+) -> tuple[list[int], int, int]:
+    """Messages of forward and backward of two batches through a model, whose loss and gradients are checked, too."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    cp, length = make_plan(**options), 4 * CHUNK * world
+    model, whole = small_model(num_layers=2), small_model(num_layers=2)
+    cp.apply(model, modules="layers.*.attention")
+    alone = ContextParallel(cp.mesh, ring=None, ulysses=None, layout="balanced")
+    alone.apply(whole, modules="layers.*.attention")
+    apply_activation_checkpoint(model, mode)  # type: ignore[arg-type]
+    if compiled:
+        compile_blocks(model, backend="aot_eager")
+    counts = []
+    for step, names in enumerate((("off chunk edges", "a"), ("b", "c"), ("padding tail", "long and short"))):
+        ids = ids_of(names, length)
+        batch, reference = cp.pack(ids), alone.pack(ids)
+        tokens, labels, positions = small_batch(length)
+        for module in (model, whole):
+            module.zero_grad()
+        recompiles = torch._dynamo.config.patch(error_on_recompile=compiled and step > 0)
+        with batch, recompiles:
+            with recorded_messages() as forward:
+                loss = loss_sum(model, *batch.shard(tokens, labels, positions))
+            with recorded_messages() as backward:
+                loss.backward()
+        with reference:
+            expected = loss_sum(whole, *reference.shard(tokens, labels, positions))
+            expected.backward()
+        total = loss.detach().clone()
+        dist.all_reduce(total)
+        assert_matches(total, expected.detach())
+        for ours, theirs in zip(model.parameters(), whole.parameters(), strict=True):
+            dist.all_reduce(ours.grad)
+            assert_matches(ours.grad, theirs.grad)
+        counts.append((len(forward), len(backward)))
+    return counts, counters["stats"]["unique_graphs"]
+
+
+WAYS = [("selective", False), ("full", False), ("selective", True), ("full", True)]
+
+
+@pytest.mark.parametrize(("mode", "compiled"), WAYS, ids=lambda value: str(value))
+@pytest.mark.parametrize("name", ["ring", "ulysses", "all-gather"])
+def test_packed_model_equals_one_rank_and_repeats_no_message_unless_all_is_recomputed(pool, name, mode, compiled):
+    plain, _ = pool.run(2, packed_model, PLANS[2][name], "none", False)[0]
+    counts, graphs = pool.run(2, packed_model, PLANS[2][name], mode, compiled)[0]
+    again = mode == "full"
+    assert counts == [(there, back + again * there) for there, back in plain]
+    assert sum(there for there, _ in plain) > 0
+    assert graphs == (1 if compiled else 0)
+
+
+def refusals(rank: int, world: int) -> None:
+    cp, zigzag = make_plan(ring=2), ContextParallel(make_plan(ring=2).mesh)
+    length = 4 * CHUNK * world
+    ids = ids_of(("a", "b"), length)
+    batch = cp.pack(ids)
+    q, k, v = (x.clone() for x in batch.shard(*problem(4, 2, length=length)[:3], dim=2))
+
+    def refused(error: type[Exception], message: str, call: Any) -> None:
+        with pytest.raises(error, match=message):
+            call()
+
+    refused(RuntimeError, "outside of a batch", lambda: cp.attention(q, k, v, is_causal=True))
+    refused(ValueError, "shard of a plan .* use pack", lambda: cp.shard(ids))
+    refused(ValueError, "unshard of a plan .* use pack", lambda: cp.unshard(q, dim=2))
+    refused(ValueError, 'layout = "zigzag": packed documents need', lambda: zigzag.pack(ids))
+    refused(ValueError, "give either document_ids or offsets", cp.pack)
+    refused(ValueError, "a sequence of 47 tokens does not divide", lambda: cp.pack(ids[:, :47]))
+    refused(ValueError, "this batch has 2 rows along dim 0 and 48 tokens", lambda: batch.shard(ids[:, :46]))
+    refused(ValueError, "packed for a ring of 1", lambda: cp.packed(Packer(1)(find_documents(ids), 2).encode()))
+    refused(ValueError, "chunk_size = 7: must divide the 24 tokens", lambda: make_plan(ring=2, chunk_size=7).pack(ids))
+    refused(ValueError, "chunk_size = 0: must be a number", lambda: make_plan(ring=2, chunk_size=0))
+    with batch:
+        refused(NotImplementedError, "is_causal=False inside", lambda: cp.attention(q, k, v, is_causal=False))
+        refused(
+            ValueError, "is not the batch that was entered", lambda: cp.attention(q[:1], k[:1], v[:1], is_causal=True)
+        )
+        refused(RuntimeError, "another batch is entered", cp.pack(ids).__enter__)
+        cp.attention(q, k, v, is_causal=True)
+    refused(RuntimeError, "outside of a batch", lambda: cp.attention(q, k, v, is_causal=True))
+    from_offsets = cp.pack(offsets=[[0, 20, length], [0, length]])
+    assert from_offsets.packing == cp.pack(torch.tensor([[0] * 20 + [1] * (length - 20), [0] * length])).packing
+
+
+def test_packed_plan_refuses_what_would_not_be_exact(pool):
+    pool.run(2, refusals)
+
+
+def recompute_outside(rank: int, world: int) -> None:
+    cp, length = make_plan(ring=world), 4 * CHUNK * world
+    model = small_model(num_layers=1)
+    cp.apply(model, modules="layers.*.attention")
+    apply_activation_checkpoint(model, "full")
+    batch = cp.pack(ids_of(("a", "b"), length))
+    with batch:
+        loss = loss_sum(model, *batch.shard(*small_batch(length)))
+    with pytest.raises(RuntimeError, match=r"outside of a batch: forward and backward \(which may recompute\)"):
+        loss.backward()
+
+
+def test_packed_recompute_outside_of_the_batch_is_an_error(pool):
+    pool.run(2, recompute_outside)
+
+
+def dtensors(rank: int, world: int) -> None:
+    cp, length = make_plan(ring=2, ulysses=2), 4 * CHUNK * world
+    q, k, v, dout = problem(8, 4, length=length)
+    ids = ids_of(("a", "padding tail"), length)
+    expected = single_process(q, k, v, dout, ids, None)
+    batch = cp.pack(ids)
+    tensors = [x.requires_grad_() for x in batch.shard(q, k, v, dim=2, as_dtensor=True)]
+    with batch:
+        out = cp.attention(*tensors, is_causal=True)
+        grads = torch.autograd.grad(out, tensors, batch.shard(dout, dim=2, as_dtensor=True))
+    for a, e in zip((out.detach(), *grads), expected, strict=True):
+        assert_matches(batch.unshard(a, dim=2), e)
+
+
+def test_packed_dtensors_come_back_as_dtensors(pool):
+    pool.run(4, dtensors)
