@@ -78,6 +78,7 @@ def problems_of(world_size: int | None, *flags: str) -> list[str]:
     return []
 
 
+CONTIGUOUS = ["data.document_mask=false", "parallelism.context_parallel_layout=contiguous"]
 # (world size, flags, the key that is at fault, what its message says, and for "set it to" flags that then go with it)
 WRONG = [
     (2, ["training.seq_len=90", "parallelism.ring_degree=2"], "training.seq_len", "multiple of 4", "88 or 92"),
@@ -94,7 +95,7 @@ WRONG = [
         4,
         ["training.seq_len=1022", "parallelism.tensor_parallel_degree=4"],
         "training.seq_len",
-        "must be a multiple of 4 = context degree 1 x lcm(2, tensor degree 4)",
+        "must be a multiple of the tensor degree 4",
         "1020 or 1024",
     ),
     (
@@ -127,7 +128,41 @@ WRONG = [
     ),
     (1, ["model.vocab_size=256"], "model.vocab_size", "the tokenizer has 259 ids", "259"),
     (1, ["data.validation_fraction=0"], "data.validation_fraction", "validation needs held-out text", "0.01"),
+    (
+        2,
+        ["parallelism.context_parallel_layout=zigzag", "parallelism.ring_degree=2"],
+        "parallelism.context_parallel_layout",
+        "documents that see only themselves are uneven work",
+        '"auto"',
+    ),
+    (
+        2,
+        ["parallelism.context_parallel_layout=balanced", "data.document_mask=false"],
+        "parallelism.context_parallel_layout",
+        "the balanced layout deals out documents",
+        '"zigzag"',
+    ),
+    (1, ["model.attention_mask=full"], "data.document_mask", "attention inside of documents is causal", "false"),
+    (
+        4,
+        ["training.seq_len=1024", "parallelism.chunk_size=100", "parallelism.ring_degree=4"],
+        "parallelism.chunk_size",
+        "must divide the 256 tokens of a sequence that a ring rank holds",
+        "128",
+    ),
 ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "layout"),
+    [([], "balanced"), (["data.document_mask=false"], "zigzag"), (CONTIGUOUS, "contiguous")],
+)
+def test_settings_choose_the_layout_that_the_mask_needs(flags: list[str], layout: str) -> None:
+    assert load(TrainSettings, overrides=[*MODEL, *(f"--{flag}" for flag in flags)], world_size=2).layout == layout
+
+
+def test_settings_take_any_length_on_one_rank() -> None:
+    assert problems_of(1, "--training.seq_len=1023") == []
 
 
 @pytest.mark.parametrize(("world", "flags", "key", "rule", "fix"), WRONG)

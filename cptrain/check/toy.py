@@ -20,14 +20,16 @@ from cptrain.data.corpus import open_corpus
 from cptrain.data.prepare import prepare_corpus
 from cptrain.data.settings import TokenizerConfig
 from cptrain.data.split import Split, split_documents
+from cptrain.data.windows import Windows, build_windows
 from cptrain.distributed.settings import sequence_multiple
 from cptrain.loss import cross_entropy_sum
 from cptrain.models.init import STD
 from cptrain.models.llama import Llama
 from cptrain.models.settings import ModelConfig
 from cptrain.models.shape import ModelShape
+from cptrain.train.precision import resolve_precision
 from cptrain.train.settings import BYTE_VOCABULARY, JobConfig, TrainSettings
-from cptrain.train.trainer import Trainer, resolve_precision
+from cptrain.train.trainer import Trainer
 
 TOKENS = 128  # of a sequence, or as few more as the mesh can cut
 DIM, HEAD_DIM, FFN_DIM, VOCABULARY = 64, 16, 128, 320
@@ -154,6 +156,9 @@ class ToyTrainer(Trainer):
         seed = settings.data.resolved_seed(settings.debug.seed)
         corpus = open_corpus(prepare_corpus(settings.data, settings.tokenizer, seed=seed))
         return split_documents(corpus, fraction=settings.data.validation_fraction, seed=seed)
+
+    def _windows(self, split: Split, length: int) -> Windows:
+        return build_windows(split, self.settings.data, seq_len=length)
 
     def enter(self, index: int) -> None:
         """Go on to a stage, as training does."""

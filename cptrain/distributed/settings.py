@@ -32,8 +32,13 @@ class ParallelismConfig:
     )
     ring_degree: int | Literal["auto"] = setting("auto", "ranks in the ring; auto = what the method leaves to it")
     ulysses_degree: int | Literal["auto"] = setting("auto", "ranks that exchange heads for sequence (all-to-all)")
-    context_parallel_layout: Literal["zigzag", "contiguous"] = setting(
-        "zigzag", "which tokens a rank holds; zigzag balances causal attention"
+    context_parallel_layout: Literal["auto", "zigzag", "contiguous", "balanced"] = setting(
+        "auto",
+        "which tokens a rank holds: zigzag is even work under a causal mask; balanced deals chunks for every batch, so "
+        "that data.document_mask is even work; auto = what the mask needs",
+    )
+    chunk_size: int | Literal["auto"] = setting(
+        "auto", "tokens of a chunk that the balanced layout deals; auto = about a sixteenth of a ring rank's tokens"
     )
     ring_inner_degree: int = setting(1, "ranks of an inner ring on the fast link (double ring); 1 = a single ring")
     context_parallel_order: Order = setting(
@@ -58,7 +63,7 @@ class ParallelismConfig:
                 yield Problem(key=key, rule="must be at least 1")
         if self.data_parallel_shard_degree < 1 and self.data_parallel_shard_degree != -1:
             yield Problem(key="data_parallel_shard_degree", rule="must be at least 1, or -1 for all ranks left over")
-        for key in ("context_parallel_degree", "ring_degree", "ulysses_degree"):
+        for key in ("context_parallel_degree", "ring_degree", "ulysses_degree", "chunk_size"):
             value = getattr(self, key)
             if value != "auto" and value < 1:
                 yield Problem(key=key, rule='must be at least 1, or "auto"')
@@ -289,7 +294,7 @@ def _split_context(
 
 def sequence_multiple(degrees: Degrees) -> int:
     """What divides the global sequence length: zigzag halves each shard, sequence parallel cuts it by tp."""
-    return degrees.context * math.lcm(2, degrees.tp)
+    return degrees.context * math.lcm(2 if degrees.context > 1 else 1, degrees.tp)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from cptrain.models.shape import AttentionMask, ModelShape
@@ -26,7 +27,8 @@ def visible_pairs(lengths: Iterable[int], mask: AttentionMask, window: int = 0) 
 
 def attention_pairs(shape: ModelShape, lengths: Sequence[int]) -> int:
     """`visible_pairs` of sequences of these lengths, summed over the layers, each with its own window."""
-    return sum(visible_pairs(lengths, shape.attention_mask, window) for window in shape.windows())
+    layers = Counter(shape.windows())
+    return sum(count * visible_pairs(lengths, shape.attention_mask, window) for window, count in layers.items())
 
 
 def training_flops(shape: ModelShape, *, tokens: int, pairs: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch.distributed.fsdp import FSDPModule
@@ -51,6 +52,7 @@ def parallelise(
     compile: CompileConfig,
     precision: Precision,
     seed: int,
+    layout: Literal["zigzag", "contiguous", "balanced"] = "zigzag",
 ) -> ParallelModel:
     """Build the model on the meta device, apply TP, CP, checkpointing, compile and FSDP2, then fill in the weights.
 
@@ -63,7 +65,8 @@ def parallelise(
     context = ContextParallel(
         meshes.batch,
         method="all_gather" if parallelism.context_parallel_method == "all_gather" else "auto",
-        layout=parallelism.context_parallel_layout,
+        layout=layout,
+        chunk_size=parallelism.chunk_size,
         ring_inner_degree=parallelism.ring_inner_degree,
         overlap=parallelism.context_parallel_overlap,
         kernel=parallelism.attention_kernel,
@@ -87,7 +90,7 @@ def parallelise(
 
 
 def apply_context_parallel(model: Llama, plan: ContextParallel) -> list[str]:
-    """Names of the attention modules that `plan` now serves: all, or on a plan of one rank those with a window.
+    """Names of the attention modules that `plan` now serves: on one rank those with a window, or all with documents.
 
     Called again with another plan it switches the model over, blocks already wrapped for checkpointing included.
     """
@@ -97,8 +100,8 @@ def apply_context_parallel(model: Llama, plan: ContextParallel) -> list[str]:
     names: list[str] = []
     switches_over = _is_context_parallel(model)
     for window, patterns in by_window.items():
-        # F.scaled_dot_product_attention cannot express a window, so these layers need a plan on any number of ranks.
-        if plan.degree > 1 or window or switches_over:
+        # F.scaled_dot_product_attention knows neither windows nor documents: these need a plan on any number of ranks.
+        if plan.degree > 1 or window or plan.layout == "balanced" or switches_over:
             names += plan.apply(model, modules=patterns, window_size=window or None)
     return names
 

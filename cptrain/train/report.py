@@ -58,9 +58,9 @@ def _context(settings: TrainSettings, degrees: Degrees, shape: ModelShape) -> st
         return "off (each rank holds whole sequences)"
     config, inner = settings.parallelism, settings.parallelism.ring_inner_degree
     hops = degrees.ring - 1
-    ring = f"ring of {degrees.ring}, {config.context_parallel_layout}, {hops} {'hop' if hops == 1 else 'hops'} each way"
+    ring = f"ring of {degrees.ring}, {settings.layout}, {hops} {'hop' if hops == 1 else 'hops'} each way"
     if config.context_parallel_method == "all_gather":
-        ring = f"all-gather over {degrees.ring}, {config.context_parallel_layout}"
+        ring = f"all-gather over {degrees.ring}, {settings.layout}"
     elif inner > 1:
         ring += f", inner rings of {inner}"
     ulysses = f"ulysses over {degrees.ulysses}"

@@ -16,6 +16,7 @@ from cptrain.distributed.settings import (
     Degrees,
     Method,
     ParallelismConfig,
+    divisors,
     resolve_degrees,
     sequence_multiple,
 )
@@ -158,6 +159,7 @@ class TrainSettings:
                 rule="validation needs held-out text",
                 fix="set it to 0.01, or validation.enable to false",
             )
+        yield from self._problems_of_documents()
         if any(True for section in (self.model, self.parallelism) for _ in section.problems()):
             return  # these are reported by their sections, and nothing more can be derived from them
         try:
@@ -183,6 +185,36 @@ class TrainSettings:
         if self.training.stages and getattr(self.training.stages[index], name, "auto") not in ("auto", "same"):
             return f"training.stages[{index}].{name}"
         return key
+
+    @property
+    def layout(self) -> Literal["zigzag", "contiguous", "balanced"]:
+        """Which tokens a rank holds, "auto" resolved."""
+        layout = self.parallelism.context_parallel_layout
+        if layout == "auto":
+            return "balanced" if self.data.document_mask else "zigzag"
+        return layout
+
+    def _problems_of_documents(self) -> Iterator[Problem]:
+        """What document masks do not go together with, and the layout that is for them alone."""
+        masks = self.data.document_mask
+        if masks and self.layout != "balanced":
+            yield Problem(
+                key="parallelism.context_parallel_layout",
+                rule="documents that see only themselves are uneven work, which the balanced layout deals out",
+                fix='set it to "auto", or data.document_mask to false',
+            )
+        if not masks and self.layout == "balanced":
+            yield Problem(
+                key="parallelism.context_parallel_layout",
+                rule="the balanced layout deals out documents that see only themselves",
+                fix='set it to "zigzag", or data.document_mask to true',
+            )
+        if masks and self.model.attention_mask == "full":
+            yield Problem(
+                key="data.document_mask",
+                rule='attention inside of documents is causal, but model.attention_mask = "full"',
+                fix="set it to false",
+            )
 
     def at_stage(self, index: int) -> TrainSettings:
         """The settings as they are during a stage: its length, batch and degrees put in, no stages left."""
@@ -230,8 +262,17 @@ class TrainSettings:
             yield Problem(
                 key="training.seq_len",
                 rule=f"must be a multiple of {multiple} = context degree {degrees.context} x lcm(2, tensor degree "
-                f"{degrees.tp})",
+                f"{degrees.tp})"
+                if degrees.context > 1
+                else f"must be a multiple of the tensor degree {degrees.tp}",
                 fix=f"set it to {f'{below} or {above}' if below else above}",
+            )
+        chunk_size = self.parallelism.chunk_size
+        if chunk_size != "auto" and length > 0 and length % degrees.ring == 0 and length // degrees.ring % chunk_size:
+            yield Problem(
+                key="parallelism.chunk_size",
+                rule=f"must divide the {length // degrees.ring} tokens of a sequence that a ring rank holds",
+                fix=f"set it to {_nearest_divisor(length // degrees.ring, chunk_size)}, or leave it out",
             )
         at_a_time, global_batch = self.training.local_batch_size * degrees.data, self.training.global_batch_size
         if global_batch != "auto" and at_a_time > 0 and global_batch > 0 and global_batch % at_a_time:
@@ -266,3 +307,7 @@ class TrainSettings:
         if self.training.global_batch_size == "auto":
             return self.training.local_batch_size * degrees.data
         return self.training.global_batch_size
+
+
+def _nearest_divisor(number: int, wanted: int) -> int:
+    return min(divisors(number), key=lambda divisor: max(divisor / wanted, wanted / divisor))

@@ -9,7 +9,7 @@ import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from typing import Any, Self
 
@@ -27,34 +27,27 @@ from cptrain.data.loader import TrainBatches, validation_batches
 from cptrain.data.prepare import prepare_corpus
 from cptrain.data.split import Split, split_documents
 from cptrain.data.tokenizer import build_tokenizer
-from cptrain.data.windows import Windows
+from cptrain.data.windows import Windows, build_windows
 from cptrain.distributed.mesh import build_meshes
 from cptrain.distributed.process_group import first_rank_result, set_timeouts
 from cptrain.loss import IGNORED, cross_entropy_sum
-from cptrain.metrics.flops import attention_pairs, training_flops
+from cptrain.metrics.flops import training_flops
 from cptrain.metrics.logger import Metrics
 from cptrain.metrics.profiler import profiling
 from cptrain.metrics.record import StepRecord
 from cptrain.optim.adamw import build_optimizer, set_learning_rate
 from cptrain.optim.clip import clip_grad_norm
 from cptrain.optim.schedule import learning_rate
-from cptrain.parallel.apply import Precision, apply_context_parallel, parallelise
+from cptrain.parallel.apply import apply_context_parallel, parallelise
+from cptrain.train.batch import PACKING, Counts, PackDocuments, Shard
 from cptrain.train.environment import write_environment
 from cptrain.train.interruption import Interruption
+from cptrain.train.precision import resolve_precision
 from cptrain.train.report import describe
-from cptrain.train.settings import TrainingConfig, TrainSettings
+from cptrain.train.settings import TrainSettings
 from cptrain.train.startup import StartupCheck
 
 logger = logging.getLogger("cptrain")
-
-
-@dataclass(frozen=True)
-class Shard:
-    """This rank's part of one micro-batch, cut by one permutation. Each [B, T] int64; labels are already shifted."""
-
-    tokens: torch.Tensor
-    labels: torch.Tensor
-    positions: torch.Tensor
 
 
 class Trainer:
@@ -83,6 +76,7 @@ class Trainer:
             self.shape,
             self.meshes,
             parallelism=self.stage.parallelism,
+            layout=settings.layout,
             activation_checkpoint=settings.activation_checkpoint,
             compile=settings.compile,
             precision=self.precision,
@@ -101,9 +95,10 @@ class Trainer:
         gloo = dist.new_group(backend="gloo") if self.world_size > 1 else None
         self.checkpointer = Checkpointer(settings.checkpoint, settings.job.folder, gloo, mesh=asdict(degrees))
         self.toml = dump(settings)
-        self._resume()
+        data = self._resume()
         self.batches: TrainBatches | None = None
         self._enter_stage(settings.stage_of(self.step + 1))
+        self._check_data(data)
         self.metrics = Metrics(
             settings.metrics,
             folder=settings.job.folder,
@@ -160,20 +155,21 @@ class Trainer:
         assert self.batches is not None
         lr = learning_rate(step, settings.lr_scheduler, lr=settings.optimizer.lr, total_steps=settings.training.steps)
         set_learning_rate(self.optimizer, lr)
-        shards = [self.shard(next(self.batches)) for _ in range(self.batches.micro_batches)]
+        batches = [next(self.batches) for _ in range(self.batches.micro_batches)]
+        shards = [self.shard(batch) for batch in batches]
         data_time_s = time.perf_counter() - start
 
         valid_here = sum((shard.labels != IGNORED).sum() for shard in shards)
-        # Tensor-parallel peers hold the same tokens, so each is counted tp times.
-        valid = max(self._sum_over_ranks(valid_here) // self.meshes.degrees.tp, 1)
+        valid, counts = self._count(valid_here, batches, shards)
         loss_here = torch.zeros((), dtype=torch.float64, device=self.device)
         for index, shard in enumerate(shards):
             last = index == len(shards) - 1
             self.parallel.set_reduction(last or settings.parallelism.fsdp_reduce_each_microbatch)
             head = partial(cross_entropy_sum, labels=shard.labels)
-            loss = self.model(shard.tokens, shard.positions, head=head)
-            # A sum over the global count: no factor of any degree anywhere, and ranks without valid tokens take part.
-            (loss / valid).backward()
+            with shard.documents_entered():
+                loss = self.model(shard.tokens, shard.positions, head=head)
+                # A sum over the global count: no factor of any degree anywhere; ranks without valid tokens take part.
+                (loss / valid).backward()
             loss_here += loss.detach()
         grad_norm = clip_grad_norm(self.model.parameters(), settings.training.max_norm)
         if not math.isfinite(grad_norm.item()):
@@ -201,7 +197,8 @@ class Trainer:
                 tokens_seen=self.tokens_seen,
                 step_time_s=time.perf_counter() - start,
                 data_time_s=data_time_s,
-                flops=self.flops_per_step,
+                flops=training_flops(self.shape, tokens=self.tokens_per_step, pairs=counts.pairs),
+                extra=counts.curves(self.tokens_per_step),
             )
         )
 
@@ -218,28 +215,33 @@ class Trainer:
             dp_rank=self.meshes.data_rank,
             dp_degree=degrees.data,
             num_windows="all" if settings.validation.steps == -1 else limit,
+            finish=self.finish,
         ):
             shard = self.shard(batch)
-            totals[0] += self.model(shard.tokens, shard.positions, head=partial(cross_entropy_sum, labels=shard.labels))
+            head = partial(cross_entropy_sum, labels=shard.labels)
+            with shard.documents_entered():
+                totals[0] += self.model(shard.tokens, shard.positions, head=head)
             totals[1] += (shard.labels != IGNORED).sum()
         total, count = self.meshes.sum_over_batch(totals).tolist()
         return total / max(count, 1)
 
     def shard(self, batch: dict[str, torch.Tensor]) -> Shard:
         """This rank's part of a batch of whole windows [B, S], as DTensors cut along S and taken locally."""
-        parts = self.context.shard(
+        packed = self.context.packed(batch[PACKING]) if PACKING in batch else None
+        parts = (packed or self.context).shard(
             *(batch[key].to(self.device, non_blocking=True) for key in ("tokens", "labels", "positions")),
             dim=1,
             as_dtensor=True,
         )
-        return Shard(*(part.to_local() for part in parts))
+        tokens, labels, positions = (part.to_local() for part in parts)
+        return Shard(tokens, labels, positions, packed)
 
     def save(self) -> None:
         """Write a checkpoint of this step."""
         train_state = {
             "step": self.step,
             "tokens_seen": self.tokens_seen,
-            "data": self.training_split.identity(),
+            "data": self.train_windows.identity(),
             "world_size": self.world_size,
         }
         self.checkpointer.save(self.step, self._state(), train_state, self.toml)
@@ -282,10 +284,12 @@ class Trainer:
             self.meshes = self.meshes.regrouped(self.context.mesh, degrees)
             apply_context_parallel(self.model, self.context)
         length, global_batch = stage.training.seq_len, stage.global_batch_size(degrees)
-        self.train_windows = Windows(self.training_split, seq_len=length)
-        self.validation_windows = None
-        if stage.validation.enable:
-            self.validation_windows = Windows(self.held_out_split, seq_len=length)
+        self.train_windows = self._windows(self.training_split, length)
+        self.validation_windows = self._windows(self.held_out_split, length) if stage.validation.enable else None
+        # Work is balanced for the layers that see most.
+        windows = self.shape.windows()
+        packer = self.context.packer(max(windows) if all(windows) else 0)
+        self.finish = PackDocuments(packer) if stage.data.document_mask else None
         if self.batches is not None:
             self.batches.close()
         self.batches = TrainBatches(
@@ -297,11 +301,9 @@ class Trainer:
             dp_degree=degrees.data,
             num_workers=stage.data.num_workers,
             prefetch_factor=stage.data.prefetch_factor,
+            finish=self.finish,
         )
         self.tokens_per_step = global_batch * length
-        self.flops_per_step = training_flops(
-            self.shape, tokens=self.tokens_per_step, pairs=attention_pairs(self.shape, [length] * global_batch)
-        )
         if not first and self.rank == 0:
             logger.info(
                 f"stage {index + 1} from step {self.step + 1}: {global_batch} x {length:,} tokens, "
@@ -309,22 +311,26 @@ class Trainer:
             )
         self.startup_check(self.context, length)
 
-    def _resume(self) -> None:
-        """Take the state of the newest checkpoint, if there is one."""
+    def _resume(self) -> dict[str, Any]:
+        """Take the state of the newest checkpoint, if there is one; returns what its data were, else nothing."""
         state = self._state()
         found = self.checkpointer.load(state)
         if found is None:
-            return
+            return {}
         rng.restore(state[rng.SECTION])
-        ours = self.training_split.identity()
-        differing = [key for key, value in ours.items() if found["data"].get(key) != value]
+        self.step, self.tokens_seen = found["step"], found["tokens_seen"]
+        return found["data"]
+
+    def _check_data(self, theirs: dict[str, Any]) -> None:
+        """ValueError unless the checkpoint that this run goes on from, if any, read the same data in the same order."""
+        ours = self.train_windows.identity()
+        differing = [key for key in {**theirs, **ours} if theirs and theirs.get(key) != ours.get(key)]
         if differing:
-            was = ", ".join(f"{key} = {found['data'].get(key)} (here {ours[key]})" for key in differing)
+            was = ", ".join(f"{key} = {theirs.get(key, 'unset')} (here {ours.get(key, 'unset')})" for key in differing)
             raise ValueError(
                 f"cannot resume job.name = {self.settings.job.name}: its checkpoint was trained with {was}, which "
                 "decides the order of the data; restore these, or choose another job.name for a new run"
             )
-        self.step, self.tokens_seen = found["step"], found["tokens_seen"]
 
     def _open_data(self) -> tuple[Split, Split]:
         """(training, held-out) text; rank 0 prepares it, and its errors are raised on all ranks."""
@@ -334,15 +340,34 @@ class Trainer:
         corpus = open_corpus(folder)
         return split_documents(corpus, fraction=settings.data.validation_fraction, seed=seed)
 
-    def _sum_over_ranks(self, number: torch.Tensor | int) -> int:
-        total = torch.as_tensor(number, dtype=torch.int64, device=self.device).clone()
+    def _windows(self, split: Split, length: int) -> Windows:
+        """Windows of a split; rank 0 makes what is kept on disk, and its errors are raised on all ranks."""
+        return first_rank_result(lambda: build_windows(split, self.settings.data, seq_len=length))
+
+    def _count(
+        self, valid_here: torch.Tensor | int, batches: list[dict[str, torch.Tensor]], shards: list[Shard]
+    ) -> tuple[int, Counts]:
+        """Valid tokens (at least 1) and other counts of the step over all ranks, in one reduction."""
+        here = [Counts.of(batch, self.shape, shard.packed) for batch, shard in zip(batches, shards, strict=True)]
+        numbers = torch.tensor([0, *Counts.total(here).to_list()]).to(self.device)
+        numbers[0] += valid_here
+        valid, *others = self._sum_over_ranks(numbers).tolist()
+        degrees = self.meshes.degrees
+        # Tensor-parallel peers hold the same tokens, and context-parallel peers read the same batches.
+        copies = degrees.tp * degrees.context
+        return max(valid // degrees.tp, 1), Counts.from_list([number // copies for number in others])
+
+    def _sum_over_ranks(self, numbers: torch.Tensor) -> torch.Tensor:
+        """int64 numbers, summed over all ranks."""
+        total = numbers.to(self.device)
         if self.world_size > 1:
             dist.all_reduce(total)
-        return int(total)
+        return total
 
     def _signal_on_any_rank(self, requested: str) -> str:
         """The signal that this rank was sent, or that another one was; "" where none was. The same question on all."""
-        return (requested or "a signal on another rank") if self._sum_over_ranks(bool(requested)) else ""
+        anywhere = bool(self._sum_over_ranks(torch.tensor(int(bool(requested)))))
+        return (requested or "a signal on another rank") if anywhere else ""
 
     def _introduce(self) -> None:
         """Write the run's folder and say what runs."""
@@ -368,17 +393,3 @@ def _garbage_kept() -> Iterator[None]:
         yield
     finally:
         gc.enable()
-
-
-def resolve_precision(training: TrainingConfig, device: torch.device) -> Precision:
-    """The dtypes that "auto" stands for on this device."""
-    dtype = getattr(torch, training.dtype)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    param = training.mixed_precision_param
-    reduce = training.mixed_precision_reduce
-    default_param = torch.bfloat16 if device.type == "cuda" and dtype == torch.float32 else dtype
-    return Precision(
-        dtype=dtype,
-        param=default_param if param == "auto" else getattr(torch, param),
-        reduce=wide if reduce == "auto" else getattr(torch, reduce),
-    )

@@ -1,0 +1,22 @@
+"""The dtypes of a run."""
+
+from __future__ import annotations
+
+import torch
+
+from cptrain.parallel.apply import Precision
+from cptrain.train.settings import TrainingConfig
+
+
+def resolve_precision(training: TrainingConfig, device: torch.device) -> Precision:
+    """The dtypes that "auto" stands for on this device."""
+    dtype = getattr(torch, training.dtype)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    param = training.mixed_precision_param
+    reduce = training.mixed_precision_reduce
+    default_param = torch.bfloat16 if device.type == "cuda" and dtype == torch.float32 else dtype
+    return Precision(
+        dtype=dtype,
+        param=default_param if param == "auto" else getattr(torch, param),
+        reduce=wide if reduce == "auto" else getattr(torch, reduce),
+    )
