@@ -11,7 +11,20 @@ from tolerance import assert_matches
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cptrain.context_parallel import kernels
-from cptrain.context_parallel.kernels import CPU_FLASH, KERNELS, REFERENCE, Kernel, choose_kernel, merge
+from cptrain.context_parallel.kernels import (
+    CPU_FLASH,
+    KERNELS,
+    REFERENCE,
+    Kernel,
+    backward_block,
+    backward_launch,
+    choose_kernel,
+    forward_block,
+    forward_launch,
+    merge,
+)
+from cptrain.context_parallel.launches import Launch, Segments, accumulate, plan_launches, put, take
+from cptrain.context_parallel.schedule import Block, Shape
 
 SCALE = 0.4
 ON_CPU = [kernel for kernel in KERNELS if "cpu" in kernel.devices]
@@ -269,3 +282,86 @@ def test_kernel_reference_scores_few_rows_at_a_time_and_is_the_same(monkeypatch,
     assert largest.elements == heads * tile * length
     for a, e in zip(actual, expected, strict=True):
         assert_matches(a, e)
+
+
+def packed_problem() -> tuple[Segments, tuple[torch.Tensor, ...]]:
+    lengths = torch.tensor([0, 5, 1, 9]).cumsum(0).to(torch.int32)
+    generator = torch.Generator().manual_seed(3)
+    q, k, v, dout = (torch.randn(1, heads, 15, 8, generator=generator, dtype=torch.float64) for heads in (6, 2, 2, 6))
+    return Segments(lengths, lengths, 9, 9), (q, k, v, dout)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("kernel", [k for k in ON_CPU if k.forward_packed], ids=lambda kernel: kernel.name)
+def test_kernel_of_packed_segments_equals_the_dense_formula_of_each(kernel, causal):
+    packed, (q, k, v, dout) = packed_problem()
+    out, lse = kernel.forward_packed(q, k, v, packed, causal, SCALE)
+    actual = (out, lse, *kernel.backward_packed(dout, q, k, v, out, lse, packed, causal, SCALE))
+    for rows in (slice(0, 5), slice(5, 6), slice(6, 15)):
+        expected = dense(*(x[:, :, rows] for x in (q, k, v, dout)), causal=causal)
+        for a, e in zip(actual, expected, strict=True):
+            if e.abs().max() > 1e-12:  # one token alone has no gradient but that of its value
+                assert_matches(a[:, :, rows], e)
+
+
+@pytest.mark.parametrize(
+    "kernel", [k for k in KERNELS if k.forward_packed and k not in ON_CPU], ids=lambda kernel: kernel.name
+)
+def test_kernel_of_packed_segments_is_called_as_its_operator_wants_it(kernel):
+    """Shapes and dtypes only, without a device."""
+    offsets = torch.empty(4, device="meta", dtype=torch.int32)
+    packed = Segments(offsets, offsets, 20, 20)
+    q = torch.empty(1, 4, 40, 16, device="meta", dtype=torch.bfloat16)
+    k, v = (torch.empty(1, 2, 24, 16, device="meta", dtype=torch.bfloat16) for _ in range(2))
+    out, lse = kernel.forward_packed(q, k, v, packed, True, 0.5)
+    grads = kernel.backward_packed(q, q, k, v, out, lse, packed, True, 0.5)
+    assert (out.shape, out.dtype) == (q.shape, q.dtype)
+    assert (lse.shape, lse.dtype) == (q.shape[:3], torch.float32)
+    assert [(x.shape, x.dtype) for x in grads] == [(x.shape, x.dtype) for x in (q, k, v)]
+
+
+def block_of(start: int, length: int, keys: int, shape: Shape) -> Block:
+    return Block(start, start + length, 100 - keys, 100, shape)
+
+
+def test_launches_put_triangles_together_and_rectangles_whose_rows_are_apart():
+    lower = tuple(Block(at, at + 4, at, at + 4, Shape.LOWER) for at in (0, 4, 8))
+    first, above, same_rows = (block_of(at, 4, 10, Shape.FULL) for at in (0, 4, 0))
+    long = block_of(8, 4, 17, Shape.FULL)
+    found = [launch.blocks for launch in plan_launches((*lower, first, above, same_rows, long), packs=True)]
+    assert found[0] == lower
+    assert (long,) in found
+    assert sorted(map(len, found)) == [1, 1, 2, 3]
+    alone = plan_launches((*lower, first), packs=False)
+    assert [launch.blocks for launch in alone] == [(block,) for block in (*lower, first)]
+
+
+@pytest.mark.parametrize("shape", list(Shape), ids=lambda shape: shape.value)
+def test_launches_of_several_blocks_equal_each_block_by_itself(shape):
+    generator = torch.Generator().manual_seed(1)
+    q, k, v, dout = (torch.randn(1, 2, 20, 8, generator=generator, dtype=torch.float64) for _ in range(4))
+    launch = Launch(shape, (Block(1, 6, 3, 8, shape), Block(9, 11, 0, 2, shape), Block(11, 18, 13, 20, shape)))
+    parts = take(q, launch.rows), take(k, launch.columns), take(v, launch.columns)
+    out, lse = forward_launch(REFERENCE, *parts, launch, SCALE)
+    douts = take(dout, launch.rows)
+    grads = backward_launch(REFERENCE, douts, *parts, out, lse, launch, SCALE)
+    begin = 0
+    for (start, stop), (first, last) in zip(launch.rows, launch.columns, strict=True):
+        here = slice(begin, begin + stop - start)
+        tensors = q[:, :, start:stop], k[:, :, first:last], v[:, :, first:last]
+        expected_out, expected_lse = forward_block(REFERENCE, *tensors, shape, SCALE)
+        final = expected_out, expected_lse
+        expected = backward_block(REFERENCE, dout[:, :, start:stop], *tensors, *final, shape, SCALE)
+        for a, e in zip((out, lse, *grads), (*final, *expected), strict=True):
+            assert_matches(a[:, :, here], e)
+        begin += stop - start
+
+
+def test_launches_write_and_add_where_they_took():
+    x = torch.zeros(1, 1, 10, 1, dtype=torch.float64)
+    ranges = ((1, 3), (6, 8))
+    put(x, ranges, torch.ones(1, 1, 4, 1, dtype=torch.float64))
+    accumulate(x, (*ranges, (2, 4)), torch.ones(1, 1, 6, 1, dtype=torch.float64))
+    assert x.flatten().tolist() == [0, 2, 3, 1, 0, 0, 2, 2, 0, 0]
+    assert take(x, ranges).flatten().tolist() == [2, 3, 2, 2]
+    assert take(x, ((1, 3), (3, 4))).data_ptr() == x[:, :, 1:].data_ptr()

@@ -16,12 +16,13 @@ from cptrain.context_parallel import ContextParallel
 
 CHUNK = 6  # tokens
 PLANS: dict[int, dict[str, dict[str, Any]]] = {
-    1: {"alone": {}},
+    1: {"alone": {}, "alone, blocks in few calls": {"kernel": "reference"}},
     2: {
         "ring": {"ring": 2},
         "ulysses": {"ulysses": 2},
         "all-gather": {"ring": 2, "method": "all_gather"},
         "ring without overlap": {"ring": 2, "overlap": False},
+        "ring, blocks in few calls": {"ring": 2, "kernel": "reference"},
     },
     3: {
         "ring": {"ring": 3},
@@ -35,6 +36,8 @@ PLANS: dict[int, dict[str, dict[str, Any]]] = {
         "hybrid, ulysses outside": {"ring": 2, "ulysses": 2, "outside": "ulysses"},
         "double ring 2 x 2": {"ring": 4, "ring_inner_degree": 2},
         "all-gather": {"ring": 4, "method": "all_gather"},
+        "ring, blocks in few calls": {"ring": 4, "kernel": "reference"},
+        "all-gather, blocks in few calls": {"ring": 4, "method": "all_gather", "kernel": "reference"},
     },
     8: {
         "ring": {"ring": 8},

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cptrain.context_parallel.layout import Layout, Span, contiguous, zigzag
-from cptrain.context_parallel.mask import CAUSAL, FULL, Mask
+from cptrain.context_parallel.mask import CAUSAL, FULL, Documents, Mask
 from cptrain.context_parallel.schedule import Block, Shape, needed, packed, shard_blocks, whole_blocks
 
 RANKS = range(1, 17)
@@ -144,3 +144,72 @@ def test_schedule_of_one_window_in_one_rank_is_few_triangles():
     blocks = whole_blocks(contiguous(1, 4096), Mask(causal=True, window=512), 0)
     assert len(blocks) <= 2 * 4096 // 511 + 2
     assert contiguous(1, 4096).spans(0) == [Span(0, 0, 4096)]
+
+
+def cut_in(length: int, seed: int) -> Documents:
+    """Random documents, some of one token, some padding."""
+    chance, offsets = random.Random(seed), [0]
+    while offsets[-1] < length:
+        offsets.append(min(length, offsets[-1] + chance.choice((1, 2, 5, 11, length))))
+    numbers = range(len(offsets) - 1)
+    return Documents(tuple(offsets), tuple(number for number in numbers if number and chance.random() < 0.2))
+
+
+def documents_seen(documents: Documents) -> torch.Tensor:
+    """[S, S]: whether two tokens are of one document."""
+    ids = torch.full((documents.length,), -1)
+    for number, (start, stop) in enumerate(documents.spans()):
+        ids[start:stop] = number
+    return (ids[:, None] == ids) & (ids >= 0)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_schedule_of_documents_computes_each_visible_pair_once_and_no_other(name):
+    for number, layout in enumerate(LAYOUTS[name]):
+        shards = layout.permutation().view(layout.num_ranks, -1)
+        for window in (0, 1, 4):
+            documents = cut_in(layout.length, number)
+            mask = Mask(causal=True, window=window, documents=documents)
+            by_source, whole = (torch.zeros(layout.length, layout.length, dtype=torch.int64) for _ in range(2))
+            for rank in range(layout.num_ranks):
+                for source in range(layout.num_ranks):
+                    count(by_source, shard_blocks(layout, mask, rank, source), shards[rank], shards[source])
+                count(whole, whole_blocks(layout, mask, rank), shards[rank], torch.arange(layout.length))
+            expected = (visible(layout.length, mask) & documents_seen(documents)).to(torch.int64)
+            assert torch.equal(by_source, expected), (layout, mask)
+            assert torch.equal(whole, expected), (layout, mask)
+
+
+def test_schedule_mask_of_documents_describes_what_is_visible():
+    documents = Documents((0, 3, 4, 9, 12), padding=(3,))
+    mask = Mask(causal=True, window=4, documents=documents)
+    expected = visible(12, mask) & documents_seen(documents)
+    assert torch.tensor([[mask.visible(q, k) for k in range(12)] for q in range(12)]).equal(expected)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_schedule_gives_each_query_one_lower_triangle_and_that_first(name):
+    """Its result is written over the row, everything else merged into it."""
+    for number, layout in enumerate(LAYOUTS[name]):
+        documents = cut_in(layout.length, number)
+        for mask in (CAUSAL, Mask(True, 4), Mask(True, 0, documents), Mask(True, 3, documents)):
+            for rank in range(layout.num_ranks):
+                shard = layout.permutation().view(layout.num_ranks, -1)[rank].tolist()
+                for blocks in (shard_blocks(layout, mask, rank, rank), whole_blocks(layout, mask, rank)):
+                    lower = [block for block in blocks if block.shape is Shape.LOWER]
+                    assert list(blocks[: len(lower)]) == lower
+                    rows = sorted(row for block in lower for row in range(block.q_start, block.q_stop))
+                    assert rows == [row for row, token in enumerate(shard) if mask.visible(token, token)]
+                for source in range(layout.num_ranks):
+                    if source != rank:
+                        others = shard_blocks(layout, mask, rank, source)
+                        assert all(block.shape is not Shape.LOWER for block in others)
+
+
+def test_schedule_of_a_dealt_long_document_is_one_block_a_chunk_and_source():
+    layout = dealt(4, 8, 4, seed=3)
+    mask = Mask(causal=True, documents=Documents((0, layout.length)))
+    for rank in range(4):
+        for source in range(4):
+            if source != rank:
+                assert len(shard_blocks(layout, mask, rank, source)) <= 8

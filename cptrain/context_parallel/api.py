@@ -16,13 +16,11 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from cptrain.context_parallel import dispatch, huggingface
 from cptrain.context_parallel.attention import Route
 from cptrain.context_parallel.attention import attention as attention_operator
-from cptrain.context_parallel.balance import choose_chunk_size
 from cptrain.context_parallel.groups import Groups, make_groups
 from cptrain.context_parallel.kernels import KERNELS
 from cptrain.context_parallel.layout import LAYOUTS, Layout, length_multiple, make_layout, nearest_multiples
 from cptrain.context_parallel.packed_batch import Entered, PackedBatch, rows_joined, rows_split
-from cptrain.context_parallel.packing import decode, find_documents, join_offsets
-from cptrain.context_parallel.packing import pack as make_packing
+from cptrain.context_parallel.packing import Packer, decode, find_documents, join_offsets
 from cptrain.context_parallel.ulysses import heads_to_sequence, replicate_kv_heads, sequence_to_heads
 from cptrain.distributed.settings import divisors, valid_ulysses_degrees
 from cptrain.distributed.transport import warm_up
@@ -141,7 +139,7 @@ class ContextParallel:
                 loss.backward()
 
         window: the sliding window, if all layers have one, for which work is balanced. Planning takes milliseconds of
-        the host; `packing.pack` does it elsewhere, in a data loader, and `packed` takes the result.
+        the host; a `packer` does it elsewhere, in a data loader, and `packed` takes the result.
         Raises ValueError for a plan that is not laid out "balanced", and for documents that do not fit it.
         """
         if (document_ids is None) == (offsets is None):
@@ -149,18 +147,12 @@ class ContextParallel:
         self._check_balanced()
         documents = find_documents(document_ids) if document_ids is not None else join_offsets(offsets or ())
         num_rows = document_ids.size(0) if document_ids is not None else len(offsets or ())
-        row_length = documents.length // num_rows
-        self._check_length(row_length)
-        return self.packed(
-            make_packing(
-                documents,
-                num_ranks=self.ring_degree,
-                num_rows=num_rows,
-                chunk_size=choose_chunk_size(row_length // self.ring_degree, self.chunk_size),
-                window=window,
-                inner_degree=self.ring_inner_degree,
-            ).encode()
-        )
+        self._check_length(documents.length // num_rows)
+        return self.packed(self.packer(window)(documents, num_rows).encode())
+
+    def packer(self, window: int = 0) -> Packer:
+        """What packs batches for this plan where they are built, ahead of the step; see `pack` and `packed`."""
+        return Packer(self.ring_degree, self.ring_inner_degree, self.chunk_size, window)
 
     def packed(self, encoded: torch.Tensor) -> PackedBatch:
         """The batch of a packing that was made, and encoded, for a ring of this degree. ValueError for another."""

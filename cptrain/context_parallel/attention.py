@@ -14,18 +14,15 @@ from functools import lru_cache
 import torch
 
 from cptrain.context_parallel.all_gather import AllGather
-from cptrain.context_parallel.carrier import Alone, Carrier, Gradients, Piece, accumulator_dtype, add, new_heads
+from cptrain.context_parallel.carrier import Alone, Carrier, accumulator_dtype, new_heads
+from cptrain.context_parallel.compute import Backward, Forward
 from cptrain.context_parallel.exchange import Exchange, num_needed_keys
 from cptrain.context_parallel.groups import Groups
-from cptrain.context_parallel.kernels import Kernel, backward_block, choose_kernel, forward_block, merge
+from cptrain.context_parallel.kernels import Kernel, choose_kernel
 from cptrain.context_parallel.layout import Layout, make_layout
 from cptrain.context_parallel.mask import Mask
 from cptrain.context_parallel.packing import decode
 from cptrain.context_parallel.ring import Ring
-from cptrain.context_parallel.schedule import Block, Shape
-
-# Gradients of so many blocks of one piece are kept until the piece is done; of more blocks, whose keys overlap, a sum.
-MOST_BLOCKS = 3
 
 
 @dataclass(frozen=True)
@@ -102,35 +99,6 @@ def sends_needed_only(layout: Layout, mask: Mask) -> bool:
     return num_needed_keys(layout, mask) < layout.num_ranks * (layout.num_ranks - 1) * layout.shard_length
 
 
-class _Rows:
-    """The running result of all queries of some heads."""
-
-    def __init__(self, q: torch.Tensor, value_dim: int) -> None:
-        self._q, self._value_dim = q, value_dim
-        self._out: torch.Tensor | None = None
-        self._lse: torch.Tensor | None = None
-
-    def add(self, block: Block, rows: slice, block_out: torch.Tensor, block_lse: torch.Tensor) -> None:
-        """Fold in what a block found. Lower triangles are the first to reach their rows (see `schedule.blocks`)."""
-        if self._out is None and block_out.size(2) == self._q.size(2):
-            # The first block covers every row: its result, in buffers of its own, starts the accumulation.
-            self._out, self._lse = block_out.to(accumulator_dtype(self._q.dtype)), block_lse.contiguous()
-            return
-        out, lse = self.result()
-        if block.shape is Shape.LOWER:
-            out[:, :, rows], lse[:, :, rows] = block_out, block_lse
-        else:
-            merge(out[:, :, rows], lse[:, :, rows], block_out, block_lse)
-
-    def result(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Output and log-sum-exp so far; 0 and -inf in rows that have seen no key."""
-        if self._out is None or self._lse is None:
-            wide = accumulator_dtype(self._q.dtype)
-            self._out = new_heads(self._q, wide, self._value_dim).zero_()
-            self._lse = torch.full(self._q.shape[:3], -torch.inf, dtype=wide, device=self._q.device)
-        return self._out, self._lse
-
-
 @torch.library.custom_op("cptrain::attention", mutates_args=())
 def attention(
     q: torch.Tensor,
@@ -151,35 +119,10 @@ def attention(
     plan = Route.decode(route)
     carrier = plan.carrier(*plan.layout_and_mask(k.size(2), packing, causal=causal, window=window))
     kernel = _kernel(plan, q, k, v)
-    group = q.size(1) // k.size(1)
-    results: dict[int, _Rows] = {}
-
-    def compute(piece: Piece) -> None:
-        heads = slice(piece.first_head * group, (piece.first_head + piece.keys.size(1)) * group)
-        queries = q[:, heads]
-        rows_of = results.setdefault(piece.first_head, _Rows(queries, v.size(-1)))
-        for block in piece.blocks:
-            rows, columns = _rows(block, causal), slice(block.k_start, block.k_stop)
-            result = forward_block(
-                kernel,
-                queries[:, :, rows],
-                piece.keys[:, :, columns],
-                piece.values[:, :, columns],
-                block.shape,
-                scale,
-            )
-            rows_of.add(block, rows, *result)
-
-    kept = carrier.forward(k, v, compute)
-    outs, lses = zip(*(part.result() for part in results.values()), strict=True)
-    out = outs[0] if len(outs) == 1 else torch.cat([x.to(q.dtype) for x in outs], 1)
-    lse = lses[0] if len(lses) == 1 else torch.cat(lses, 1)
-    return _stored_by_token(out.to(q.dtype)), lse, kept
-
-
-def _rows(block: Block, causal: bool) -> slice:
-    """The queries of a block: without a causal mask all, however many keys cross-attention gives them."""
-    return slice(block.q_start, block.q_stop) if causal else slice(None)
+    forward = Forward(kernel, q, num_kv_heads=k.size(1), value_dim=v.size(-1), causal=causal, scale=scale)
+    kept = carrier.forward(k, v, forward)
+    out, lse = forward.result()
+    return _stored_by_token(out), lse, kept
 
 
 def _kernel(plan: Route, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Kernel:
@@ -217,50 +160,12 @@ def attention_backward(
     plan = Route.decode(route)
     carrier = plan.carrier(*plan.layout_and_mask(k.size(2), packing, causal=causal, window=window))
     kernel = _kernel(plan, q, k, v)
-    group = q.size(1) // k.size(1)
-    dqs: dict[int, torch.Tensor] = {}
-
-    def compute(piece: Piece) -> Gradients:
-        heads = slice(piece.first_head * group, (piece.first_head + piece.keys.size(1)) * group)
-        parts = [x[:, heads] for x in (dout, q, out, lse)]
-        gradients: Gradients = []
-        sums = None
-        if len(piece.blocks) > MOST_BLOCKS:
-            wide = accumulator_dtype(k.dtype)
-            sums = new_heads(piece.keys, wide).zero_(), new_heads(piece.values, wide).zero_()
-        for block in piece.blocks:
-            rows, columns = _rows(block, causal), slice(block.k_start, block.k_stop)
-            block_dout, queries, block_out, block_lse = (x[:, :, rows] for x in parts)
-            dq, dk, dv = backward_block(
-                kernel,
-                block_dout,
-                queries,
-                piece.keys[:, :, columns],
-                piece.values[:, :, columns],
-                block_out,
-                block_lse,
-                block.shape,
-                scale,
-            )
-            if piece.first_head not in dqs and dq.size(2) == q.size(2):
-                dqs[piece.first_head] = dq.to(accumulator_dtype(q.dtype))
-            else:
-                if piece.first_head not in dqs:
-                    dqs[piece.first_head] = new_heads(parts[1], accumulator_dtype(q.dtype)).zero_()
-                dqs[piece.first_head][:, :, rows] += dq
-            gradients.append((columns, dk, dv))
-            if sums is not None:
-                add(sums, gradients)
-                gradients.clear()
-        return gradients if sums is None else [(slice(None), *sums)]
-
-    dk, dv = carrier.backward(k, v, kept, compute)
-    totals = list(dqs.values())
-    dq = totals[0] if len(totals) == 1 else torch.cat([x.to(q.dtype) for x in totals], 1)
+    backward = Backward(kernel, (dout, q, out, lse), num_kv_heads=k.size(1), causal=causal, scale=scale)
+    dk, dv = carrier.backward(k, v, kept, backward)
     # Copies where they are views of one message, since outputs of an operator may not share a buffer.
     copy = dk.untyped_storage().data_ptr() == dv.untyped_storage().data_ptr()
     dk, dv = (_stored_by_token(x.to(k.dtype, copy=copy)) for x in (dk, dv))
-    return _stored_by_token(dq.to(q.dtype)), dk, dv
+    return _stored_by_token(backward.dq()), dk, dv
 
 
 @attention_backward.register_fake

@@ -19,11 +19,12 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from cptrain.context_parallel.layout import Layout, zigzag
+from cptrain.context_parallel.layout import Layout
 from cptrain.context_parallel.mask import Documents, num_visible
 
 SLACK = 0.02  # of a rank's share of the work: what may be given away for locality while dealing
 LIMIT = 1.03  # largest work of a rank over the mean that is not evened out by swaps
+WORTH_MORE_BLOCKS = 0.1  # fewer keys that dealing must move than zigzag, whose blocks are larger
 AUTO_CHUNKS = 16  # chunks per rank that "auto" aims at; more balance no better and cut more documents
 AUTO_SMALLEST = 256  # tokens of a chunk below which kernels get slow
 
@@ -68,16 +69,13 @@ def deal(documents: Documents, *, num_ranks: int, num_rows: int, chunk_size: int
         return Layout(documents.length, ((0,),))
     parts = chunk_parts(documents, chunk_size)
     work = work_of(parts, window)
-    candidates = [_deal(parts, work, documents, num_ranks, num_rows)]
-    per_row = length // chunk_size
-    if per_row % (2 * num_ranks) == 0:
-        half = per_row // (2 * num_ranks)
-        pattern = zigzag(num_ranks, 2 * num_ranks).chunks
-        owner_of_half = [next(r for r, halves in enumerate(pattern) if h in halves) for h in range(2 * num_ranks)]
-        candidates.append([owner_of_half[chunk % per_row // half] for chunk in range(len(parts))])
-    even = [owners for owners in candidates if imbalance(work, owners, num_ranks) <= LIMIT] or candidates[:1]
-    owners = min(even, key=lambda owners: num_moved(parts, owners, window=window))
-    return Layout.of_owners(owners, num_ranks, chunk_size)
+    dealt = _deal(parts, work, documents, num_ranks, num_rows)
+    fixed = _zigzag(length // chunk_size, num_ranks, num_rows)
+    if fixed is not None and imbalance(work, fixed, num_ranks) <= LIMIT:
+        moved, moved_dealt = (num_moved(parts, owners, window=window) for owners in (fixed, dealt))
+        if moved <= moved_dealt * (1 + WORTH_MORE_BLOCKS):
+            dealt = fixed
+    return Layout.of_owners(dealt, num_ranks, chunk_size)
 
 
 def owners_of(layout: Layout) -> list[int]:
@@ -134,6 +132,15 @@ def num_moved(parts: Sequence[Sequence[Part]], owners: Sequence[int], *, window:
                     first = max(part.begin, nearest - window + 1) if window else part.begin
                     moved += max(0, part.end - first)
     return moved
+
+
+def _zigzag(chunks_per_row: int, num_ranks: int, num_rows: int) -> list[int] | None:
+    """The owner of each chunk if every row is cut in zigzag; None where chunks do not divide so."""
+    half, rest = divmod(chunks_per_row, 2 * num_ranks)
+    if rest:
+        return None
+    row = [min(place, 2 * num_ranks - 1 - place) for place in (chunk // half for chunk in range(chunks_per_row))]
+    return row * num_rows
 
 
 class _Hand:

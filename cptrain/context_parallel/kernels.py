@@ -12,13 +12,14 @@ This file and `cptrain.distributed` hold every private torch symbol of the proje
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from cptrain.context_parallel.launches import Launch, Segments, segments
 from cptrain.context_parallel.schedule import Shape
 
 aten = torch.ops.aten
@@ -28,6 +29,10 @@ ROWS_PER_TILE = 1024
 
 Forward = Callable[[Tensor, Tensor, Tensor, bool, float], tuple[Tensor, Tensor]]
 Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool, float], tuple[Tensor, Tensor, Tensor]]
+ForwardPacked = Callable[[Tensor, Tensor, Tensor, Segments, bool, float], tuple[Tensor, Tensor]]
+BackwardPacked = Callable[
+    [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Segments, bool, float], tuple[Tensor, Tensor, Tensor]
+]
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,7 @@ class Kernel:
 
     forward(q, k, v, causal, scale) -> out (dtype of q), lse (fp32; fp64 for fp64). H may be a multiple of Hk.
     backward(dout, q, k, v, out, lse, causal, scale) -> dq, dk, dv in the dtype of q.
+    forward_packed, backward_packed: the same for several blocks at once, one behind the other along T and Tk, B = 1.
     A causal block is square. Sliding windows need nothing of a kernel: schedules cut them into full and causal blocks.
     """
 
@@ -44,6 +50,8 @@ class Kernel:
     dtypes: frozenset[torch.dtype]
     forward: Forward
     backward: Backward
+    forward_packed: ForwardPacked | None = None
+    backward_packed: BackwardPacked | None = None
     groups_heads: bool = True  # kv heads stay as few as they are; otherwise they are repeated for the call
     differing_dims: bool = False  # values may be wider or narrower than keys
     by_itself: bool = True  # chosen by "auto"; otherwise only by name
@@ -84,6 +92,39 @@ def _cuda_backward(
     return aten._scaled_dot_product_flash_attention_backward(
         dout, q, k, v, out, lse.contiguous(), None, None, q.size(2), k.size(2), 0.0, causal, unused, unused, scale=scale
     )
+
+
+def _cuda_forward_packed(
+    q: Tensor, k: Tensor, v: Tensor, packed: Segments, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    q, k, v = (_by_token(x) for x in (q, k, v))
+    out, lse, *_ = aten._flash_attention_forward(q, k, v, *packed, 0.0, causal, False, scale=scale)
+    return out.transpose(0, 1).unsqueeze(0), lse.unsqueeze(0)
+
+
+def _cuda_backward_packed(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    packed: Segments,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    tensors = [_by_token(x) for x in (dout, q, k, v, out)]
+    unused = torch.empty((), dtype=torch.uint64, device=q.device)
+    grads = aten._flash_attention_backward(
+        *tensors, lse[0].contiguous(), *packed, 0.0, causal, unused, unused, scale=scale
+    )
+    dq, dk, dv = (grad.transpose(0, 1).unsqueeze(0) for grad in grads)
+    return dq, dk, dv
+
+
+def _by_token(x: Tensor) -> Tensor:
+    """x [1, H, T, D] as [T, H, D], which kernels of packed segments take."""
+    return _unit_stride(x[0].transpose(0, 1))[0]
 
 
 def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
@@ -173,11 +214,53 @@ def _reference_backward(
     return dq, _reduce(dk, k.size(1)).to(k.dtype), _reduce(dv, k.size(1)).to(v.dtype)
 
 
+def _reference_forward_packed(
+    q: Tensor, k: Tensor, v: Tensor, packed: Segments, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    results = [_reference_forward(q[:, :, rows], k[:, :, at], v[:, :, at], causal, scale) for rows, at in _cuts(packed)]
+    outs, lses = zip(*results, strict=True)
+    return torch.cat(outs, 2), torch.cat(lses, 2)
+
+
+def _reference_backward_packed(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    packed: Segments,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    results = []
+    for rows, at in _cuts(packed):
+        tensors = (dout[:, :, rows], q[:, :, rows], k[:, :, at], v[:, :, at], out[:, :, rows], lse[:, :, rows])
+        results.append(_reference_backward(*tensors, causal, scale))
+    dq, dk, dv = (torch.cat(parts, 2) for parts in zip(*results, strict=True))
+    return dq, dk, dv
+
+
+def _cuts(packed: Segments) -> Iterator[tuple[slice, slice]]:
+    """Queries and keys of each segment."""
+    queries, keys = packed.q_offsets.tolist(), packed.k_offsets.tolist()
+    for number in range(len(queries) - 1):
+        yield slice(*queries[number : number + 2]), slice(*keys[number : number + 2])
+
+
 _HALF = frozenset({torch.bfloat16, torch.float16})
 _ANY = frozenset({torch.float64, torch.float32, *_HALF})
 CPU_FLASH = Kernel("cpu flash", frozenset({"cpu"}), _ANY, _cpu_forward, _cpu_backward)
 # Also FlashAttention 3 or 4, once torch.nn.attention.activate_flash_attention_impl has put it behind the same operator.
-CUDA_FLASH = Kernel("cuda flash", frozenset({"cuda"}), _HALF, _cuda_forward, _cuda_backward)
+CUDA_FLASH = Kernel(
+    "cuda flash",
+    frozenset({"cuda"}),
+    _HALF,
+    _cuda_forward,
+    _cuda_backward,
+    forward_packed=_cuda_forward_packed,
+    backward_packed=_cuda_backward_packed,
+)
 CUDNN = Kernel("cudnn", frozenset({"cuda"}), _HALF, _cudnn_forward, _cudnn_backward, by_itself=False)
 EFFICIENT = Kernel(
     "efficient",
@@ -194,6 +277,8 @@ REFERENCE = Kernel(
     _ANY,
     _reference_forward,
     _reference_backward,
+    forward_packed=_reference_forward_packed,
+    backward_packed=_reference_backward_packed,
     groups_heads=False,
     differing_dims=True,
 )
@@ -247,6 +332,46 @@ def backward_block(
     dout, q, k, v, out, lse = (x.flip(2) for x in (dout, q, k, v, out, lse))
     dq, dk, dv = kernel.backward(dout, q, k, v, out, lse, True, scale)
     return dq.flip(2), dk.flip(2), dv.flip(2)
+
+
+def packs(kernel: Kernel, q: Tensor) -> bool:
+    """Whether several blocks of q [B, H, T, D] may go into one call."""
+    return kernel.forward_packed is not None and q.size(0) == 1
+
+
+def forward_launch(
+    kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, launch: Launch, scale: float
+) -> tuple[Tensor, Tensor]:
+    """out and lse of the rows of a launch, given its rows and columns one block behind the other."""
+    if len(launch.blocks) == 1 or kernel.forward_packed is None:
+        return forward_block(kernel, q, k, v, launch.shape, scale)
+    packed, upper = segments(launch, q.device), launch.shape is Shape.UPPER
+    if upper:
+        q, k, v = (x.flip(2) for x in (q, k, v))
+    out, lse = kernel.forward_packed(q, k, v, packed, launch.shape is not Shape.FULL, scale)
+    return (out.flip(2), lse.flip(2)) if upper else (out, lse)
+
+
+def backward_launch(
+    kernel: Kernel,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    launch: Launch,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq of the rows and dk, dv of the columns of a launch, from the final out and lse of its rows."""
+    if len(launch.blocks) == 1 or kernel.backward_packed is None:
+        return backward_block(kernel, dout, q, k, v, out, lse, launch.shape, scale)
+    packed, upper = segments(launch, q.device), launch.shape is Shape.UPPER
+    tensors = (dout, q, k, v, out, lse)
+    if upper:
+        tensors = tuple(x.flip(2) for x in tensors)  # type: ignore[assignment]
+    dq, dk, dv = kernel.backward_packed(*tensors, packed, launch.shape is not Shape.FULL, scale)
+    return (dq.flip(2), dk.flip(2), dv.flip(2)) if upper else (dq, dk, dv)
 
 
 def merge(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:

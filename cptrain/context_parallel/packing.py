@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
-from cptrain.context_parallel.balance import chunk_parts, deal, num_moved, owners_of, work_of
+from cptrain.context_parallel.balance import choose_chunk_size, chunk_parts, deal, num_moved, owners_of, work_of
 from cptrain.context_parallel.layout import Layout
 from cptrain.context_parallel.mask import Documents, Mask
 
@@ -120,6 +120,30 @@ def _decode(content: bytes) -> Packing:
     documents = Documents(take(num_offsets), take(num_padding))
     layout = Layout.of_owners(take(documents.length // chunk_size), num_ranks, chunk_size)
     return Packing(documents, layout, num_rows, cost)
+
+
+@dataclass(frozen=True)
+class Packer:
+    """Packs batches for one plan, anywhere: it holds no groups and pickles, for the processes that build batches.
+
+    num_ranks, inner_degree: of the ring. chunk_size: tokens of a chunk, or "auto". window: see `pack`.
+    """
+
+    num_ranks: int
+    inner_degree: int = 1
+    chunk_size: int | Literal["auto"] = "auto"
+    window: int = 0
+
+    def __call__(self, documents: Documents, num_rows: int) -> Packing:
+        """The packing of a batch of documents in rows. ValueError for a chunk size that does not divide a shard."""
+        return pack(
+            documents,
+            num_ranks=self.num_ranks,
+            num_rows=num_rows,
+            chunk_size=choose_chunk_size(documents.length // num_rows // self.num_ranks, self.chunk_size),
+            window=self.window,
+            inner_degree=self.inner_degree,
+        )
 
 
 def pack(

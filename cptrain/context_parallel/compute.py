@@ -1,0 +1,135 @@
+"""What a rank computes of the pieces that a carrier brings: running results of its queries, sums of gradients."""
+
+from __future__ import annotations
+
+import torch
+
+from cptrain.context_parallel.carrier import Gradients, Piece, accumulator_dtype, new_heads
+from cptrain.context_parallel.kernels import Kernel, backward_launch, forward_launch, merge, packs
+from cptrain.context_parallel.launches import Launch, Ranges, accumulate, one_range, plan_launches, put, take
+from cptrain.context_parallel.schedule import Shape
+
+# Gradients of so many launches of one piece are kept until the piece is done; of more, whose keys overlap, a sum.
+MOST_LAUNCHES = 3
+
+
+class Forward:
+    """Output and log-sum-exp of queries q [B, H, T, D] over all pieces; call it with each.
+
+    causal: without it, a block's queries are all of them, however many keys cross-attention gives them.
+    """
+
+    def __init__(
+        self, kernel: Kernel, q: torch.Tensor, *, num_kv_heads: int, value_dim: int, causal: bool, scale: float
+    ):
+        self._kernel, self._q, self._causal, self._scale = kernel, q, causal, scale
+        self._group, self._value_dim = q.size(1) // num_kv_heads, value_dim
+        self._parts: dict[int, _Rows] = {}  # by the first kv head of a piece
+
+    def __call__(self, piece: Piece) -> None:
+        queries = self._q[:, _heads(piece, self._group)]
+        rows_of = self._parts.setdefault(piece.first_head, _Rows(queries, self._value_dim))
+        for launch in plan_launches(piece.blocks, packs=packs(self._kernel, queries)):
+            rows = _rows(launch, queries, self._causal)
+            parts = take(queries, rows), take(piece.keys, launch.columns), take(piece.values, launch.columns)
+            rows_of.add(launch.shape, rows, *forward_launch(self._kernel, *parts, launch, self._scale))
+
+    def result(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """out [B, H, T, Dv] in the dtype of q, lse [B, H, T] in fp32 (fp64)."""
+        outs, lses = zip(*(rows.result() for rows in self._parts.values()), strict=True)
+        out = outs[0] if len(outs) == 1 else torch.cat([x.to(self._q.dtype) for x in outs], 1)
+        return out.to(self._q.dtype), lses[0] if len(lses) == 1 else torch.cat(lses, 1)
+
+
+class Backward:
+    """dq of queries, and for each piece the gradients of its keys, from the final out and lse; call it with each."""
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+        *,
+        num_kv_heads: int,
+        causal: bool,
+        scale: float,
+    ) -> None:
+        self._kernel, self._tensors, self._causal, self._scale = kernel, tensors, causal, scale  # dout, q, out, lse
+        self._group = tensors[1].size(1) // num_kv_heads
+        self._dqs: dict[int, torch.Tensor] = {}
+
+    def __call__(self, piece: Piece) -> Gradients:
+        heads = _heads(piece, self._group)
+        dout, q, out, lse = (x[:, heads] for x in self._tensors)
+        launches = plan_launches(piece.blocks, packs=packs(self._kernel, q))
+        wide = accumulator_dtype(q.dtype)
+        gradients: Gradients = []
+        sums = None
+        if len(launches) > MOST_LAUNCHES or any(len(launch.blocks) > 1 for launch in launches):
+            sums = new_heads(piece.keys, wide).zero_(), new_heads(piece.values, wide).zero_()
+        for launch in launches:
+            rows = _rows(launch, q, self._causal)
+            keys, values = take(piece.keys, launch.columns), take(piece.values, launch.columns)
+            ours = (take(dout, rows), take(q, rows), keys, values, take(out, rows), take(lse, rows))
+            dq, dk, dv = backward_launch(self._kernel, *ours, launch, self._scale)
+            if piece.first_head not in self._dqs and dq.size(2) == q.size(2):
+                self._dqs[piece.first_head] = dq.to(wide)  # in buffers of its own
+            else:
+                if piece.first_head not in self._dqs:
+                    self._dqs[piece.first_head] = new_heads(q, wide).zero_()
+                accumulate(self._dqs[piece.first_head], rows, dq)
+            if sums is None:
+                gradients.append((slice(*launch.columns[0]), dk, dv))
+            else:
+                accumulate(sums[0], launch.columns, dk)
+                accumulate(sums[1], launch.columns, dv)
+        return gradients if sums is None else [(slice(None), *sums)]
+
+    def dq(self) -> torch.Tensor:
+        """[B, H, T, D] in the dtype of q; 0 for queries that see nothing."""
+        q = self._tensors[1]
+        totals = list(self._dqs.values()) or [torch.zeros_like(q)]
+        dq = totals[0] if len(totals) == 1 else torch.cat([x.to(q.dtype) for x in totals], 1)
+        return dq.to(q.dtype)
+
+
+class _Rows:
+    """The running result of all queries of some heads."""
+
+    def __init__(self, q: torch.Tensor, value_dim: int) -> None:
+        self._q, self._value_dim = q, value_dim
+        self._out: torch.Tensor | None = None
+        self._lse: torch.Tensor | None = None
+
+    def add(self, shape: Shape, rows: Ranges, out: torch.Tensor, lse: torch.Tensor) -> None:
+        """Fold in what a launch found. Lower triangles are the first to reach their rows (see `schedule.blocks`)."""
+        if self._out is None and out.size(2) == self._q.size(2):
+            # The first launch covers every row: its result, in buffers of its own, starts the accumulation.
+            self._out, self._lse = out.to(accumulator_dtype(self._q.dtype)), lse.contiguous()
+            return
+        whole_out, whole_lse = self.result()
+        if shape is not Shape.LOWER:
+            # Views where the rows are one range, and then merged in place.
+            so_far = take(whole_out, rows), take(whole_lse, rows)
+            merge(*so_far, out, lse)
+            if one_range(rows) is not None:
+                return
+            out, lse = so_far
+        put(whole_out, rows, out)
+        put(whole_lse, rows, lse)
+
+    def result(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output and log-sum-exp so far; 0 and -inf in rows that have seen no key."""
+        if self._out is None or self._lse is None:
+            wide = accumulator_dtype(self._q.dtype)
+            self._out = new_heads(self._q, wide, self._value_dim).zero_()
+            self._lse = torch.full(self._q.shape[:3], -torch.inf, dtype=wide, device=self._q.device)
+        return self._out, self._lse
+
+
+def _heads(piece: Piece, group: int) -> slice:
+    """The query heads that meet the kv heads of a piece."""
+    return slice(piece.first_head * group, (piece.first_head + piece.keys.size(1)) * group)
+
+
+def _rows(launch: Launch, q: torch.Tensor, causal: bool) -> Ranges:
+    return launch.rows if causal else ((0, q.size(2)),)

@@ -1,0 +1,122 @@
+"""Which blocks one kernel call computes, and the rows and columns of tensors that such a call reads and writes.
+
+[Note: small blocks go together]
+A window of many short documents is many small triangles. A kernel that takes packed segments computes all triangles of
+a piece in one call, and small rectangles together, as long as their rows are apart: what two blocks find for one row
+must be merged one after the other. Rectangles with many more keys than queries go by themselves: their keys would be
+copied, and one of them keeps a device busy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+
+from cptrain.context_parallel.schedule import Block, Shape
+
+MOST_COPIES = 4  # keys over queries above which a rectangle goes by itself
+
+Ranges = tuple[tuple[int, int], ...]
+
+
+class Launch(NamedTuple):
+    """Blocks of one shape, whose rows are apart, for one kernel call."""
+
+    shape: Shape
+    blocks: tuple[Block, ...]
+
+    @property
+    def rows(self) -> Ranges:
+        """Ranges of queries, one per block."""
+        return tuple((block.q_start, block.q_stop) for block in self.blocks)
+
+    @property
+    def columns(self) -> Ranges:
+        """Ranges of keys, one per block."""
+        return tuple((block.k_start, block.k_stop) for block in self.blocks)
+
+
+class Segments(NamedTuple):
+    """Where each of several packed blocks begins and ends: int32 offsets [blocks + 1] on the device, longest block."""
+
+    q_offsets: torch.Tensor
+    k_offsets: torch.Tensor
+    longest_q: int
+    longest_k: int
+
+
+@lru_cache(maxsize=1024)
+def plan_launches(blocks: tuple[Block, ...], *, packs: bool) -> tuple[Launch, ...]:
+    """The calls that compute these blocks, lower triangles first; packs: whether the kernel takes packed segments."""
+    if not packs:
+        return tuple(Launch(block.shape, (block,)) for block in blocks)
+    launches: list[list[Block]] = []
+    for shape in (Shape.LOWER, Shape.FULL, Shape.UPPER):
+        rounds: list[list[Block]] = []
+        for block in sorted(b for b in blocks if b.shape is shape):
+            if block.k_stop - block.k_start > MOST_COPIES * (block.q_stop - block.q_start):
+                launches.append([block])
+                continue
+            fitting = next((earlier for earlier in rounds if earlier[-1].q_stop <= block.q_start), None)
+            if fitting is None:
+                rounds.append([block])
+            else:
+                fitting.append(block)
+        launches += rounds
+    launches.sort(key=lambda launch: launch[0].shape is not Shape.LOWER)
+    return tuple(Launch(launch[0].shape, tuple(launch)) for launch in launches)
+
+
+def one_range(ranges: Ranges) -> slice | None:
+    """The ranges as one, if each begins where the one before ends."""
+    if any(before[1] != after[0] for before, after in pairwise(ranges)):
+        return None
+    return slice(ranges[0][0], ranges[-1][1])
+
+
+def take(x: torch.Tensor, ranges: Ranges) -> torch.Tensor:
+    """x [B, H, T, D] or [B, H, T] with these ranges of T, one behind the other: a view where they are one range."""
+    whole = one_range(ranges)
+    if whole is not None:
+        return x[:, :, whole]
+    return x.transpose(1, 2).index_select(1, _index(ranges, x.device)).transpose(1, 2)
+
+
+def put(x: torch.Tensor, ranges: Ranges, values: torch.Tensor) -> None:
+    """Write values into these ranges of T, which are apart."""
+    whole = one_range(ranges)
+    if whole is not None:
+        x[:, :, whole] = values
+    else:
+        x.transpose(1, 2).index_copy_(1, _index(ranges, x.device), values.transpose(1, 2).to(x.dtype))
+
+
+def accumulate(x: torch.Tensor, ranges: Ranges, values: torch.Tensor) -> None:
+    """Add values to these ranges of T, which may overlap."""
+    whole = one_range(ranges)
+    if whole is not None:
+        x[:, :, whole] += values
+    else:
+        x.transpose(1, 2).index_add_(1, _index(ranges, x.device), values.transpose(1, 2).to(x.dtype))
+
+
+@lru_cache(maxsize=1024)
+def segments(launch: Launch, device: torch.device) -> Segments:
+    """The segments of a launch for a kernel; of upper triangles in reverse, as their tensors are (see `schedule`)."""
+    queries, keys = ([stop - start for start, stop in ranges] for ranges in (launch.rows, launch.columns))
+    if launch.shape is Shape.UPPER:
+        queries, keys = queries[::-1], keys[::-1]
+    return Segments(_offsets(queries, device), _offsets(keys, device), max(queries), max(keys))
+
+
+def _offsets(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+
+
+@lru_cache(maxsize=1024)
+def _index(ranges: Ranges, device: torch.device) -> torch.Tensor:
+    return torch.cat([torch.arange(start, stop) for start, stop in ranges]).to(device)

@@ -1,0 +1,173 @@
+"""Dealing chunks of packed documents: every token once, even work, few keys that travel, the same everywhere."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+
+from cptrain.context_parallel.balance import choose_chunk_size, chunk_parts, deal, num_moved, owners_of, work_of
+from cptrain.context_parallel.layout import contiguous, zigzag
+from cptrain.context_parallel.mask import Documents, Mask
+from cptrain.context_parallel.packing import Cost, Packer, Packing, decode, find_documents, join_offsets, pack
+from cptrain.context_parallel.schedule import needed, shard_blocks
+
+NOTHING = Cost(0, 0, 0, 0)
+
+
+def long_tail(length: int, seed: int, *, median: float = 600.0, spread: float = 1.708) -> Documents:
+    """Documents of lognormal lengths, as long-context training data has them (0.3 % above 64K tokens)."""
+    chance, offsets = random.Random(seed), [0]
+    while offsets[-1] < length:
+        offsets.append(min(length, offsets[-1] + max(1, int(math.exp(chance.gauss(math.log(median), spread))))))
+    return Documents(tuple(offsets))
+
+
+def several(rows: int, length: int, seed: int, **options: float) -> Documents:
+    """As many rows of such documents."""
+    return join_offsets([long_tail(length, seed * 100 + row, **options).offsets for row in range(rows)])
+
+
+@pytest.mark.parametrize(("length", "num_ranks", "limit"), [(65536, 8, 0.5), (262144, 32, 0.45), (1 << 20, 32, 0.4)])
+def test_balance_of_a_long_tail_is_even_and_moves_few_keys(length, num_ranks, limit):
+    packs = [Packer(num_ranks)(long_tail(length, seed), 1) for seed in range(6)]
+    assert max(packing.imbalance for packing in packs) <= 1.05
+    assert sum(packing.moved_share for packing in packs) / len(packs) <= limit
+
+
+def test_balance_is_better_than_any_fixed_pattern():
+    for seed in range(4):
+        documents = long_tail(65536, seed)
+        packing = Packer(8)(documents, 1)
+        for pattern in (contiguous(8, 65536), zigzag(8, 65536)):
+            fixed = pack(documents, num_ranks=8, num_rows=1, chunk_size=pattern.chunk_size, layout=pattern)
+            assert packing.imbalance < fixed.imbalance
+            assert fixed.imbalance > 1.2
+
+
+@pytest.mark.parametrize("window", [0, 7])
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_balance_deals_as_many_tokens_of_each_row_to_every_rank(num_rows, window):
+    for num_ranks in range(1, 9):
+        documents = several(num_rows, 24 * num_ranks, num_ranks, median=9)
+        layout = deal(documents, num_ranks=num_ranks, num_rows=num_rows, chunk_size=4, window=window)
+        assert sorted(layout.permutation().tolist()) == list(range(documents.length))
+        rows = layout.permutation().view(num_ranks, -1) // (24 * num_ranks)
+        for shard in rows:
+            assert torch.bincount(shard, minlength=num_rows).tolist() == [24] * num_rows
+
+
+def test_balance_of_one_document_is_zigzag():
+    layout = deal(Documents((0, 512)), num_ranks=4, num_rows=1, chunk_size=16)
+    assert torch.equal(layout.permutation(), zigzag(4, 512).permutation())
+
+
+def test_balance_keeps_short_documents_whole():
+    offsets = tuple(range(0, 4096 + 1, 128))
+    packing = pack(Documents(offsets), num_ranks=4, num_rows=1, chunk_size=64)
+    assert packing.imbalance <= 1.05
+    assert packing.cost.num_moved == 0
+
+
+def test_balance_of_padding_alone_deals_it_out():
+    packing = pack(Documents((0, 64), padding=(0,)), num_ranks=4, num_rows=1, chunk_size=4)
+    assert packing.layout.shard_length == 16
+    assert packing.cost == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("window", [0, 1, 5, 30])
+def test_balance_counts_work_and_travelling_keys_as_schedules_do(window):
+    for seed in range(6):
+        num_ranks = 2 + seed
+        documents = several(2, 24 * num_ranks, seed, median=11)
+        layout = deal(documents, num_ranks=num_ranks, num_rows=2, chunk_size=6, window=window)
+        mask = Mask(causal=True, window=window, documents=documents)
+        parts, owners = chunk_parts(documents, 6), owners_of(layout)
+        blocks = {(r, s): shard_blocks(layout, mask, r, s) for r in range(num_ranks) for s in range(num_ranks)}
+        for rank in range(num_ranks):
+            pairs = sum(block.num_pairs for source in range(num_ranks) for block in blocks[rank, source])
+            assert pairs == sum(work_of(parts, window)[chunk] for chunk in layout.chunks[rank])
+        for inner_degree in (1, 2):
+            travelling = sum(
+                stop - start
+                for (rank, source), found in blocks.items()
+                if rank != source and (inner_degree == 1 or rank // inner_degree != source // inner_degree)
+                for start, stop in needed(found)
+            )
+            assert travelling == num_moved(parts, owners, window=window, inner_degree=inner_degree)
+
+
+def test_balance_depends_on_the_documents_alone():
+    documents = long_tail(65536, 5)
+    again = Documents(tuple(documents.offsets))
+    assert deal(documents, num_ranks=8, num_rows=1, chunk_size=256).chunks == deal(
+        again, num_ranks=8, num_rows=1, chunk_size=256
+    ).chunks  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("shard_length", "expected"), [(131072, 8192), (8192, 512), (1024, 256), (128, 64), (1, 1), (3 * 4096, 768), (7, 7)]
+)
+def test_balance_chooses_chunks_of_about_a_sixteenth(shard_length, expected):
+    assert choose_chunk_size(shard_length) == expected
+
+
+@pytest.mark.parametrize(("wanted", "ways_out"), [(100, "64 or 128"), (0, "1 or 2"), (5000, "512 or 1024")])
+def test_balance_refuses_a_chunk_size_that_does_not_divide(wanted, ways_out):
+    with pytest.raises(ValueError, match=f"chunk_size = {wanted}: must divide the 1024 tokens .*; try {ways_out}$"):
+        choose_chunk_size(1024, wanted)
+
+
+def test_packing_survives_its_encoding():
+    ids = torch.tensor([[0] * 5 + [1] * 9 + [2] * 2 + [-1] * 8, [4] * 20 + [5] * 4])
+    packing = pack(find_documents(ids), num_ranks=2, num_rows=2, chunk_size=3)
+    encoded = packing.encode()
+    assert encoded.dtype == torch.int64
+    assert len(encoded) == 256
+    assert decode(encoded) == packing
+    assert decode(encoded.clone()) is decode(encoded)
+    assert packing.documents.offsets == (0, 5, 14, 16, 24, 44, 48)
+    assert packing.documents.padding == (3,)
+
+
+def test_packing_of_offsets_is_that_of_ids():
+    ids = torch.tensor([[0] * 5 + [1] * 3, [0] * 1 + [1] * 7])
+    assert join_offsets([[0, 5, 8], [0, 1, 8]]) == find_documents(ids)
+
+
+def test_packing_tells_rows_apart_whose_ids_meet():
+    assert find_documents(torch.tensor([[0, 0], [0, 0]])).offsets == (0, 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: find_documents(torch.tensor([0, 1])), r"document_ids \(2,\): must be \[B, S\]"),
+        (lambda: join_offsets([[0, 4], [0, 5]]), r"offsets\[1\] = \[0, 5\]: must rise from 0 to the length .*, 4"),
+        (lambda: Documents((0, 3, 3)), r"offsets of documents must rise from 0, got \(0, 3, 3\)"),
+        (lambda: Documents((1, 3)), "must rise from 0"),
+        (lambda: Documents((0, 3), padding=(1,)), r"padding = \(1,\): there are 1 documents"),
+        (
+            lambda: Packing(Documents((0, 8)), contiguous(2, 8), 2, (0, 0, 0, 0)),
+            "a document spans two rows of 4 tokens",
+        ),
+        (
+            lambda: Packing(Documents((0, 8)), contiguous(2, 6), 1, (0, 0, 0, 0)),
+            "documents of 8 and chunks of 6 tokens",
+        ),
+    ],
+)
+def test_packing_refuses_what_is_no_batch(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_packing_goes_round_the_ring_where_that_is_fewer_bytes():
+    whole, short = Documents((0, 96)), Documents(tuple(range(0, 97, 6)))
+    for num_ranks in (2, 4, 8):
+        alone, many = (pack(d, num_ranks=num_ranks, num_rows=1, chunk_size=6) for d in (whole, short))
+        assert many.exchange_is_cheaper()
+        # Two ranks: a ring sends keys once forward and once back with gradients, and none to start backward from.
+        assert alone.exchange_is_cheaper() == (num_ranks > 2)
