@@ -13,6 +13,8 @@ from torch.distributed.fsdp import FSDPModule
 from cptrain.context_parallel import ContextParallel, ring
 from cptrain.context_parallel.carrier import pack
 from cptrain.context_parallel.layout import Layout
+from cptrain.context_parallel.mask import Mask
+from cptrain.context_parallel.packing import Packing
 from cptrain.parallel import activation_checkpoint
 from cptrain.train import trainer
 from cptrain.train.trainer import Trainer
@@ -126,6 +128,22 @@ def swapped_chunks() -> Planted:
     """Ranks hold other tokens than their attention takes them for."""
     permutation = Layout.permutation
     return mock.patch.object(Layout, "permutation", lambda self: permutation(self).flip(0))
+
+
+def no_document_mask() -> Planted:
+    """Tokens see all that comes before them in the batch, whatever document it belongs to."""
+    return mock.patch.object(Packing, "mask", lambda self, window=0: Mask(causal=True, window=window))
+
+
+def running_positions() -> Planted:
+    """Positions do not begin anew in each document, although those of the batch do."""
+    shard = Trainer.shard
+
+    def wrong(self, batch):
+        places = torch.arange(batch["positions"].size(1)).expand_as(batch["positions"])
+        return shard(self, {**batch, "positions": places})
+
+    return mock.patch.object(Trainer, "shard", wrong)
 
 
 def nothing() -> Planted:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 from test_attention import PLANS, make_plan
+from test_packed import PLANS as PACKED_PLANS
+from test_packed import ids_of
+from test_packed import make_plan as make_balanced_plan
 
 from cptrain.context_parallel.layout import make_layout
-from cptrain.context_parallel.mask import CAUSAL, FULL, Mask
+from cptrain.context_parallel.mask import CAUSAL, FULL, Documents, Mask
 from cptrain.context_parallel.selfcheck import place
 from cptrain.context_parallel.traffic import Call, attention_traffic, num_bytes
 from cptrain.distributed.transport import Message, recorded_messages
@@ -53,6 +57,58 @@ def mismatches(rank: int, world: int, options: dict) -> list[str]:
 def test_traffic_is_what_is_sent(pool, world, name):
     for found in pool.run(world, mismatches, PLANS[world][name]):
         assert not found, found
+
+
+def mismatches_of_packs(rank: int, world: int, options: dict) -> list[str]:
+    """Calls on packed documents whose messages are not those of the formulas, and calls that sent nothing at all."""
+    found, plan, length = [], make_balanced_plan(**options), 24 * world
+    packing = plan.pack(ids_of(("long and short", "padding tail"), length)).packing
+    # As if nothing had to travel, and as if everything had: keys go straight to their readers, and round the ring.
+    for moved in (0, 2 * world * length):
+        batch = plan.packed(replace(packing, cost=packing.cost._replace(num_moved=moved, num_moved_far=moved)).encode())
+        for dtype, window in ((torch.float64, 0), (torch.bfloat16, 5)):
+            shapes = ((HEADS, KEY_DIM), (KV_HEADS, KEY_DIM), (KV_HEADS, VALUE_DIM))
+            q, k, v = (torch.randn(2, h, length // world, d, dtype=dtype, requires_grad=True) for h, d in shapes)
+            with batch:
+                with recorded_messages() as there:
+                    out = plan.attention(q, k, v, is_causal=True, window_size=window or None)
+                with recorded_messages() as back:
+                    out.sum().backward()
+            expected = attention_traffic(
+                call(dtype),
+                packing.mask(window),
+                packing.layout,
+                ring_rank=place(plan, "ring"),
+                gathers=plan.method == "all_gather",
+                exchanges=not moved,
+                ulysses_degree=plan.ulysses_degree,
+            )
+            if (Counter(there), Counter(back)) != expected or not (there or back):
+                found.append(f"{moved} moved, window {window}: sent {there}, {back}; formulas {expected}")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("world", "name"), [(world, name) for world in (2, 3, 4) for name in PACKED_PLANS[world] if "overlap" not in name]
+)
+def test_traffic_of_packed_documents_is_what_is_sent(pool, world, name):
+    for found in pool.run(world, mismatches_of_packs, PACKED_PLANS[world][name]):
+        assert not found, found
+
+
+def test_traffic_of_documents_is_the_keys_that_readers_see_whatever_the_rows():
+    # One document begins 5 tokens before the edge between two ranks; rows are joined, so the batch counts once.
+    token = KV_HEADS * (KEY_DIM + VALUE_DIM) * 8
+    layout = make_layout("contiguous", 2, 48)
+    documents = Documents((0, 10, 19, 27, 48), padding=(3,))
+    for window, keys in ((0, 5), (3, 2)):
+        first, second = (
+            attention_traffic(
+                call(torch.float64), Mask(True, window, documents), layout, ring_rank=rank, exchanges=True
+            )
+            for rank in range(2)
+        )
+        assert [num_bytes(sent) for sent in (*first, *second)] == [keys * token, keys * token, 0, keys * token]
 
 
 def bytes_of(dtype: torch.dtype, mask: Mask, layout_name: str, ring: int, **options) -> tuple[int, int]:

@@ -17,7 +17,8 @@ def methods_by_layer(plan: ContextParallel, shape: ModelShape, seq_len: int) -> 
     lines = []
     for window, layers in by_window.items():
         mask = Mask(shape.attention_mask == "causal", window)
-        lines.append(f"layers {_listed(layers)}: {describe_mask(mask)}, {_method(plan, mask, seq_len)}")
+        seen = f"{describe_mask(mask)} in documents" if plan.layout == "balanced" else describe_mask(mask)
+        lines.append(f"layers {_listed(layers)}: {seen}, {_method(plan, mask, seq_len)}")
     return lines
 
 
@@ -26,14 +27,19 @@ def _method(plan: ContextParallel, mask: Mask, seq_len: int) -> str:
     if plan.ulysses_degree > 1:
         parts.append(f"all-to-all over {plan.ulysses_degree} ranks")
     if plan.ring_degree > 1:
-        layout, ring = plan.ring_layout(seq_len), plan.ring_degree
-        if sends_needed_only(layout, mask):
-            parts.append(f"needed keys straight from their owners, of {ring} ranks, {plan.layout}")
+        ring, balanced = plan.ring_degree, plan.layout == "balanced"
+        needed_only = not balanced and sends_needed_only(plan.ring_layout(seq_len), mask)
+        inner = f" with inner rings of {plan.ring_inner_degree}" if plan.ring_inner_degree > 1 else ""
+        straight = "needed keys straight from their owners"
+        if needed_only:
+            carried = f"{straight}, of {ring} ranks"
         elif plan.method == "all_gather":
-            parts.append(f"keys gathered over {ring} ranks one head at a time, {plan.layout}")
+            carried = f"keys gathered over {ring} ranks one head at a time"
         else:
-            inner = f" with inner rings of {plan.ring_inner_degree}" if plan.ring_inner_degree > 1 else ""
-            parts.append(f"ring of {ring}{inner}, {plan.layout}")
+            carried = f"ring of {ring}{inner}"
+            if balanced:
+                carried = f"{carried} or {straight}, by the batch"
+        parts.append(f"{carried}, {plan.layout}")
     return " and ".join(parts) or "whole sequences on each rank"
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections import Counter
 
-from cptrain.check.toy import ToyTrainer
+from cptrain.check.toy import Batch, ToyTrainer
 from cptrain.context_parallel.finding import Finding
 from cptrain.context_parallel.selfcheck import place
 from cptrain.context_parallel.traffic import Call, Traffic, attention_traffic, num_bytes
 from cptrain.distributed.transport import recorded_messages
+from cptrain.train.batch import Shard
 
 
 def check_messages(trainer: ToyTrainer) -> list[Finding]:
@@ -19,12 +20,14 @@ def check_messages(trainer: ToyTrainer) -> list[Finding]:
     """
     start = time.perf_counter()
     batch = trainer.batch(0, trainer.stage.training.local_batch_size)
-    with recorded_messages() as sent_forward:
-        loss = trainer.loss(batch)
-    with recorded_messages() as sent_backward:
-        loss.backward()
+    shard = trainer.shard(batch)
+    with shard.documents_entered():
+        with recorded_messages() as sent_forward:
+            loss = trainer.loss(shard)
+        with recorded_messages() as sent_backward:
+            loss.backward()
     trainer.optimizer.zero_grad(set_to_none=True)
-    forward, backward = _expected(trainer)
+    forward, backward = _expected(trainer, batch, shard)
     if trainer.settings.activation_checkpoint.mode == "full":
         backward = backward + forward
     return [
@@ -33,7 +36,7 @@ def check_messages(trainer: ToyTrainer) -> list[Finding]:
     ]
 
 
-def _expected(trainer: ToyTrainer) -> tuple[Traffic, Traffic]:
+def _expected(trainer: ToyTrainer, batch: Batch, shard: Shard) -> tuple[Traffic, Traffic]:
     plan, shape, degrees = trainer.context, trainer.shape, trainer.meshes.degrees
     call = Call(
         batch=trainer.stage.training.local_batch_size,
@@ -43,14 +46,16 @@ def _expected(trainer: ToyTrainer) -> tuple[Traffic, Traffic]:
         value_dim=shape.head_dim,
         itemsize=trainer.precision.param.itemsize,
     )
+    packing = shard.packed.packing if shard.packed else None
     forward, backward = Traffic(), Traffic()
-    for mask in trainer.masks:
+    for mask in trainer.masks_of(batch["document_ids"]):
         there, back = attention_traffic(
             call,
             mask,
-            plan.ring_layout(trainer.stage.training.seq_len),
+            packing.layout if packing else plan.ring_layout(trainer.stage.training.seq_len),
             ring_rank=place(plan, "ring"),
             gathers=plan.method == "all_gather",
+            exchanges=packing is not None and packing.exchange_is_cheaper(plan.ring_inner_degree),
             ulysses_degree=plan.ulysses_degree,
         )
         forward += there

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from cptrain.check.toy import ToyTrainer
+from cptrain.check.toy import Batch, ToyTrainer
 from cptrain.context_parallel.finding import Finding
 from cptrain.models.llama import Attention
 from cptrain.models.rope import Rope, rotary_tables
@@ -19,7 +19,8 @@ def check_rotary_positions(trainer: ToyTrainer) -> Finding:
     """The largest difference, in tokens, between a token's position and the one its rotary table was made for.
 
     Labels are replaced by the global index of each token, which tells where the trainer put it; the tables are those
-    that reach the attention modules, each token's row looked up in the tables of the whole sequence.
+    that reach the attention modules, each token's row looked up in the tables of all positions that there are: those of
+    the whole sequence, or of the longest document where positions begin anew in each.
     """
     start = time.perf_counter()
     batch = trainer.batch(0, trainer.stage.training.local_batch_size)
@@ -51,7 +52,7 @@ def check_rotary_positions(trainer: ToyTrainer) -> Finding:
     )
 
 
-def _tables(trainer: ToyTrainer, batch: dict[str, torch.Tensor]) -> list[Rope]:
+def _tables(trainer: ToyTrainer, batch: Batch) -> list[Rope]:
     """Cosines and sines as each attention module gets them."""
     seen: list[Rope] = []
 
@@ -61,8 +62,9 @@ def _tables(trainer: ToyTrainer, batch: dict[str, torch.Tensor]) -> list[Rope]:
     modules = [module for module in trainer.model.modules() if isinstance(module, Attention)]
     handles = [module.register_forward_pre_hook(keep) for module in modules]
     # Compiled blocks would not call the hooks.
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        trainer.loss(batch)
+    shard = trainer.shard(batch)
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"), shard.documents_entered():
+        trainer.loss(shard)
     for handle in handles:
         handle.remove()
     return seen

@@ -9,9 +9,9 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from cptrain.check.toy import ToyTrainer, widen
+from cptrain.check.toy import Batch, ToyTrainer, widen
 from cptrain.context_parallel import dispatch
-from cptrain.context_parallel.mask import Mask
+from cptrain.context_parallel.mask import Documents, Mask
 from cptrain.context_parallel.selfcheck import dense_attention, single_device_attention
 from cptrain.loss import IGNORED
 from cptrain.models.init import initialise
@@ -31,12 +31,12 @@ class Step:
     gradients: dict[str, torch.Tensor]
 
 
-def exact_step(trainer: ToyTrainer, batch: dict[str, torch.Tensor]) -> Step:
+def exact_step(trainer: ToyTrainer, batch: Batch) -> Step:
     """The step of the whole batch in fp64."""
     return _step(trainer, batch, torch.float64, dense_attention)
 
 
-def single_device_step(trainer: ToyTrainer, batch: dict[str, torch.Tensor]) -> Step:
+def single_device_step(trainer: ToyTrainer, batch: Batch) -> Step:
     """The same in the dtype that blocks compute in: the rounding error that the ranks are measured by."""
     return _step(trainer, batch, trainer.precision.param, single_device_attention)
 
@@ -51,24 +51,24 @@ def norm(gradients: dict[str, torch.Tensor]) -> float:
     return torch.stack([gradient.double().norm() for gradient in gradients.values()]).norm().item()
 
 
-def _step(trainer: ToyTrainer, batch: dict[str, torch.Tensor], dtype: torch.dtype, attention: WholeAttention) -> Step:
+def _step(trainer: ToyTrainer, batch: Batch, dtype: torch.dtype, attention: WholeAttention) -> Step:
     with torch.device(trainer.device):
         model = Llama(trainer.shape).to(trainer.precision.dtype)
     initialise(model, trainer.settings.debug.seed)
     widen(model)
     model.to(dtype)
-    for layer, mask in enumerate(trainer.masks):
-        dispatch.apply(
-            model,
-            modules=f"layers.{layer}.attention",
-            attention=partial(_attention, attention),
-            window_size=mask.window or None,
-        )
     tokens, labels, positions = (batch[key].to(trainer.device) for key in ("tokens", "labels", "positions"))
     valid = (labels != IGNORED).sum().item()
     total = 0.0
     for start in range(0, len(tokens), ROWS_AT_A_TIME):
         rows = slice(start, start + ROWS_AT_A_TIME)
+        for layer, mask in enumerate(trainer.masks_of(batch["document_ids"][rows])):
+            dispatch.apply(
+                model,
+                modules=f"layers.{layer}.attention",
+                attention=partial(_attention, attention, mask.documents),
+                window_size=mask.window or None,
+            )
         logits = model(tokens[rows], positions[rows])
         wide = logits.flatten(0, 1).to(torch.promote_types(dtype, torch.float32))
         loss = F.cross_entropy(wide, labels[rows].flatten(), ignore_index=IGNORED, reduction="sum") / valid
@@ -80,6 +80,7 @@ def _step(trainer: ToyTrainer, batch: dict[str, torch.Tensor], dtype: torch.dtyp
 
 def _attention(
     attention: WholeAttention,
+    documents: Documents | None,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -88,4 +89,4 @@ def _attention(
     window_size: int | None,
     scale: float | None,
 ) -> torch.Tensor:
-    return attention(q, k, v, Mask(is_causal, window_size or 0), scale)
+    return attention(q, k, v, Mask(is_causal, window_size or 0, documents), scale)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import tempfile
 import time
@@ -13,13 +14,14 @@ import torch.distributed as dist
 
 from cptrain.check.flow import check_flow
 from cptrain.check.layers import methods_by_layer
+from cptrain.check.leak import check_leak
 from cptrain.check.messages import check_messages
 from cptrain.check.positions import check_rotary_positions
 from cptrain.check.step import check_step
 from cptrain.check.toy import ToyTrainer, distinct_plans, real_shape, toy_settings
 from cptrain.config.error import fail
 from cptrain.context_parallel.finding import Finding, agreed, table
-from cptrain.context_parallel.selfcheck import Sizes, check_attention, check_positions
+from cptrain.context_parallel.selfcheck import Sizes, check_attention, check_positions, cuts_of
 from cptrain.distributed.process_group import local_device, process_group
 from cptrain.train.settings import TrainSettings
 from cptrain.train.startup import title
@@ -74,14 +76,18 @@ def _findings(trainer: ToyTrainer) -> list[Finding]:
         head_dim=shape.head_dim,
         dtype=trainer.precision.param,
     )
+    cuts = [cuts_of(plan, mask, sizes.length) for mask in dict.fromkeys(trainer.masks)]
     findings = []
-    for mask in dict.fromkeys(trainer.masks):
-        if plan.degree > 1 or mask.window:  # other layers call F.scaled_dot_product_attention itself
-            findings += check_attention(plan, mask, sizes)
-    findings.append(check_positions(plan, sizes.length))
+    for cut in itertools.chain(*cuts):
+        # On one rank, layers without window and documents call F.scaled_dot_product_attention itself.
+        if plan.degree > 1 or cut.mask.window or cut.mask.documents:
+            findings += check_attention(cut, sizes)
+    findings.append(check_positions(cuts[0][0]))
     findings.append(check_rotary_positions(trainer))
     findings += check_step(trainer)
     findings += check_flow(trainer)
+    if trainer.has_documents:
+        findings.append(check_leak(trainer))
     findings += check_messages(trainer)
     return findings
 

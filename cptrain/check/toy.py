@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import math
 import random
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Shard as CutAlong
 from torch.utils.data import default_collate
 
 from cptrain.checkpoint.settings import CheckpointConfig
 from cptrain.context_parallel.mask import Mask
+from cptrain.context_parallel.packing import find_documents
 from cptrain.context_parallel.selfcheck import exact_dtype, scaled, small_length
 from cptrain.data.corpus import open_corpus
 from cptrain.data.prepare import prepare_corpus
@@ -27,6 +30,7 @@ from cptrain.models.init import STD
 from cptrain.models.llama import Llama
 from cptrain.models.settings import ModelConfig
 from cptrain.models.shape import ModelShape
+from cptrain.train.batch import Shard
 from cptrain.train.precision import resolve_precision
 from cptrain.train.settings import BYTE_VOCABULARY, JobConfig, TrainSettings
 from cptrain.train.trainer import Trainer
@@ -35,6 +39,8 @@ TOKENS = 128  # of a sequence, or as few more as the mesh can cut
 DIM, HEAD_DIM, FFN_DIM, VOCABULARY = 64, 16, 128, 320
 NUM_LAYERS = 2  # one with a window and one without where the model has both
 MOST_WINDOWS = 64  # of text
+
+Batch = dict[str, torch.Tensor]
 
 
 def real_shape(settings: TrainSettings) -> ModelShape:
@@ -92,6 +98,7 @@ def toy_settings(settings: TrainSettings, *, world_size: int, device: torch.devi
             num_workers=0,
             cache_dir=str(folder / "cache"),
         ),
+        parallelism=replace(settings.parallelism, chunk_size="auto"),
         training=training,
         optimizer=replace(settings.optimizer, lr=0.0),
         checkpoint=CheckpointConfig(enable=False),
@@ -143,6 +150,14 @@ def widen(model: Llama) -> None:
                 parameter.mul_(1 / (STD * math.sqrt(DIM)))
 
 
+@dataclass(frozen=True)
+class States:
+    """What a batch does in the model: final states, and the gradient of its loss at the embeddings. [B, length, E]."""
+
+    hidden: torch.Tensor
+    gradient: torch.Tensor
+
+
 class ToyTrainer(Trainer):
     """A trainer of toy settings. All ranks have the same text, each in a folder of its own: none need be shared."""
 
@@ -152,7 +167,11 @@ class ToyTrainer(Trainer):
 
     def _open_data(self) -> tuple[Split, Split]:
         settings = self.settings
-        _write_text(Path(settings.data.paths[0]), tokens=settings.training.seq_len * MOST_WINDOWS)
+        stages = range(max(1, len(settings.training.stages)))
+        lengths = [settings.at_stage(index).training.seq_len for index in stages]
+        # Every window holds documents beside each other.
+        longest = min(lengths) * 3 // 4
+        _write_text(Path(settings.data.paths[0]), tokens=max(lengths) * MOST_WINDOWS, longest=longest)
         seed = settings.data.resolved_seed(settings.debug.seed)
         corpus = open_corpus(prepare_corpus(settings.data, settings.tokenizer, seed=seed))
         return split_documents(corpus, fraction=settings.data.validation_fraction, seed=seed)
@@ -166,24 +185,64 @@ class ToyTrainer(Trainer):
 
     @property
     def masks(self) -> list[Mask]:
-        """The mask of each layer."""
+        """The mask of each layer, documents aside."""
         return [Mask(self.shape.attention_mask == "causal", window) for window in self.shape.windows()]
 
-    def batch(self, first: int, number: int) -> dict[str, torch.Tensor]:
-        """Whole windows of training, [number, seq_len], the same on all ranks."""
-        return default_collate([self.train_windows[index] for index in range(first, first + number)])
+    @property
+    def has_documents(self) -> bool:
+        """Whether tokens are to see those of their own document alone."""
+        return self.settings.data.document_mask
 
-    def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Summed loss of this rank's part of a batch of whole windows, as the training step computes it."""
-        shard = self.shard(batch)
+    def masks_of(self, document_ids: torch.Tensor) -> list[Mask]:
+        """The mask of each layer for rows whose tokens have these ids [B, length]."""
+        documents = find_documents(document_ids) if self.has_documents else None
+        return [replace(mask, documents=documents) for mask in self.masks]
+
+    def batch(self, first: int, number: int) -> Batch:
+        """Whole windows of training, [number, seq_len], the same on all ranks."""
+        batch = default_collate([self.train_windows[index] for index in range(first, first + number)])
+        return self.finish(batch) if self.finish else batch
+
+    def loss(self, shard: Shard) -> torch.Tensor:
+        """Summed loss of this rank's part of a batch, as the training step computes it inside of the documents."""
         return self.model(shard.tokens, shard.positions, head=partial(cross_entropy_sum, labels=shard.labels))
 
+    def states(self, batch: Batch) -> States:
+        """What this rank's model makes of a batch of whole windows, gathered from all ranks."""
+        shard, kept = self.shard(batch), {}
 
-def _write_text(path: Path, *, tokens: int) -> None:
-    """Documents of a few to some hundred letters, so many that they fill `tokens`."""
+        def keep_embeddings(module: torch.nn.Module, args: Any, output: torch.Tensor) -> None:
+            output.retain_grad()
+            kept["embeddings"] = output
+
+        def head(hidden: torch.Tensor, output: torch.nn.Linear) -> torch.Tensor:
+            kept["hidden"] = hidden.detach()
+            return cross_entropy_sum(hidden, output, shard.labels)
+
+        handle = self.model.tok_embeddings.register_forward_hook(keep_embeddings)
+        with shard.documents_entered():
+            self.model(shard.tokens, shard.positions, head=head).backward()
+        handle.remove()
+        self.optimizer.zero_grad(set_to_none=True)
+        gradient = kept["embeddings"].grad
+        assert gradient is not None
+        cut = shard.packed or self.context
+        return States(*(cut.unshard(self._whole_shard(x), dim=1) for x in (kept["hidden"], gradient)))
+
+    def _whole_shard(self, x: torch.Tensor) -> torch.Tensor:
+        """x of all of this rank's tokens, which sequence parallel cuts once more."""
+        if isinstance(x, DTensor):
+            return x.full_tensor()
+        if self.meshes.degrees.tp == 1:
+            return x
+        return DTensor.from_local(x, self.meshes.tp, [CutAlong(1)], run_check=False).full_tensor()
+
+
+def _write_text(path: Path, *, tokens: int, longest: int) -> None:
+    """Documents of a letter to `longest`, many of them short, so many that they fill `tokens`."""
     chance, written = random.Random(0), 0
     with path.open("w", encoding="utf-8") as file:
         while written <= tokens:
-            length = chance.randint(4, 200)
+            length = chance.randint(1, max(1, chance.choice((longest // 8, longest))))
             file.write(json.dumps({"text": "".join(chance.choices("abcdefgh ", k=length))}) + "\n")
             written += length

@@ -6,9 +6,12 @@ rank's keys and values, g those of their gradients (fp32, or fp64 for fp64), N t
 | | forward | backward |
 |---|---|---|
 | ring, double ring | N-1 sends of m | N-2 sends of m, N-1 sends of g |
-| windows: needed keys only | a send to each reader of what it sees | the same, and gradients to each source |
+| windows, documents: needed keys | a send to each reader of what it sees | the same, and gradients to each source |
 | all_gather, each kv head | (N-1) m / heads | the same, and a reduce-scatter of (N-1) g / heads |
 | Ulysses | all-to-all of q, k, v, out: (P-1)/P of each | the same |
+
+A window sends needed keys only where that is fewer bytes than all of them to all. A batch of packed documents does
+where a ring would be dearer (`Packing.exchange_is_cheaper`); layout and mask are then those of all its rows joined.
 """
 
 from __future__ import annotations
@@ -49,13 +52,18 @@ def attention_traffic(
     *,
     ring_rank: int,
     gathers: bool = False,
+    exchanges: bool = False,
     ulysses_degree: int = 1,
 ) -> tuple[Traffic, Traffic]:
     """(forward, backward) of one call on rank `ring_rank` of the ring that `layout` cuts the sequence over.
 
     gathers: whether the method is all_gather. An inner ring changes which link carries a message, not its size.
+    exchanges: whether the needed keys of documents go straight to their readers; other masks decide it by themselves.
     """
     forward, backward = Traffic(), Traffic()
+    packed = mask.documents is not None
+    batch = 1 if packed else call.batch
+    needed_only = exchanges and not gathers if packed else sends_needed_only(layout, mask)
     tokens = layout.shard_length // ulysses_degree
     kv_heads = max(call.kv_heads, ulysses_degree)  # fewer are repeated before they are exchanged
     if ulysses_degree > 1:
@@ -65,17 +73,17 @@ def attention_traffic(
             (kv_heads, call.value_dim),
             (call.heads, call.value_dim),
         ):
-            num_bytes = call.batch * heads * tokens * dim * call.itemsize
+            num_bytes = batch * heads * tokens * dim * call.itemsize
             exchanged = Message("all_to_all", num_bytes - num_bytes // ulysses_degree)
             forward[exchanged] += 1
             backward[exchanged] += 1
     heads = kv_heads // ulysses_degree
-    elements = call.batch * heads * (call.key_dim + call.value_dim)  # of one token's keys and values
+    elements = batch * heads * (call.key_dim + call.value_dim)  # of one token's keys and values
     key, gradient = elements * call.itemsize, elements * call.wide_itemsize
     size, others = layout.num_ranks, layout.num_ranks - 1
     if size == 1:
         pass
-    elif sends_needed_only(layout, mask):
+    elif needed_only:
         for hop in range(1, size):
             reader, source = (ring_rank + hop) % size, (ring_rank - hop) % size
             if read := _num_keys(layout, mask, reader, ring_rank):

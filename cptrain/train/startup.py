@@ -18,6 +18,7 @@ from cptrain.context_parallel.selfcheck import (
     check_attention,
     check_flow,
     check_positions,
+    cuts_of,
     exact_dtype,
     scaled,
     small_length,
@@ -46,7 +47,7 @@ class StartupCheck:
         data or groups are touched, and nothing stays in memory.
         """
         masks = [Mask(self._shape.attention_mask == "causal", window) for window in sorted(set(self._shape.windows()))]
-        if plan.degree == 1:
+        if plan.degree == 1 and plan.layout != "balanced":
             masks = [mask for mask in masks if mask.window]
         if not self._enabled or not masks or plan in self._checked:
             return
@@ -61,11 +62,13 @@ class StartupCheck:
             head_dim=self._shape.head_dim,
             dtype=exact_dtype(device, self._dtype, plan.kernel),
         )
-        attention, others = [], [check_positions(plan, sizes.length)]
-        for mask in masks:
-            small = scaled(mask, length=seq_len, to=sizes.length)
-            attention += check_attention(plan, small, sizes)
-            others += check_flow(plan, small, sizes)
+        cuts = [
+            cut
+            for mask in masks
+            for cut in cuts_of(plan, scaled(mask, length=seq_len, to=sizes.length), sizes.length, rows=sizes.batch)
+        ]
+        attention = [finding for cut in cuts for finding in check_attention(cut, sizes)]
+        others = [check_positions(cuts[0]), *(finding for cut in cuts for finding in check_flow(cut, sizes))]
         found = agreed([*attention, *others], device)
         if not all(finding.passed for finding in found):
             raise RuntimeError(
@@ -89,4 +92,7 @@ def title(plan: ContextParallel) -> str:
     if plan.ring_inner_degree > 1:
         ring += f" (inner {plan.ring_inner_degree})"
     parts = [ring] * (plan.ring_degree > 1) + [f"ulysses {plan.ulysses_degree}"] * (plan.ulysses_degree > 1)
-    return (" x ".join(parts) or "whole sequences on each rank") + (f", {plan.layout}" if plan.ring_degree > 1 else "")
+    degrees = " x ".join(parts) or "whole sequences on each rank"
+    if plan.layout == "balanced":
+        return f"{degrees}, packed documents"
+    return f"{degrees}, {plan.layout}" if plan.ring_degree > 1 else degrees
