@@ -33,7 +33,7 @@ def describe(
         f"{training.local_batch_size} on {degrees.data} data-parallel {'rank' if degrees.data == 1 else 'ranks'}",
         "model": f"{settings.model.flavor}: {parameters:,} parameters, {shape.num_layers} layers, dim {shape.dim}, "
         f"{shape.num_heads} heads, {shape.num_kv_heads} kv heads of {shape.head_dim}, ffn {shape.ffn_dim}, vocabulary "
-        f"{shape.vocab_size}, {_mask(shape)}",
+        f"{shape.vocab_size}, {_mask(settings, shape)}",
         "per rank": f"about {parameters // (degrees.fsdp * degrees.tp):,} parameters; tokens "
         f"[{training.local_batch_size}, {local}], attention sees q {q}, k and v {kv} at a time",
         "recompute": f"activation checkpointing {settings.activation_checkpoint.mode}, compile "
@@ -46,11 +46,12 @@ def describe(
     return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())
 
 
-def _mask(shape: ModelShape) -> str:
+def _mask(settings: TrainSettings, shape: ModelShape) -> str:
+    text = f"{shape.attention_mask} attention{' inside of documents' if settings.data.document_mask else ''}"
     if not any(shape.windows()):
-        return f"{shape.attention_mask} attention"
+        return text
     windowed = sum(window > 0 for window in shape.windows())
-    return f"causal attention, {windowed} layers with a sliding window of {shape.window_size}"
+    return f"{text}, {windowed} layers with a sliding window of {shape.window_size}"
 
 
 def _context(settings: TrainSettings, degrees: Degrees, shape: ModelShape) -> str:
