@@ -9,7 +9,15 @@ import pytest
 from cptrain.data.settings import DataConfig, TokenizerConfig
 
 
-@pytest.mark.parametrize("config", [DataConfig(), TokenizerConfig(), TokenizerConfig(name="a.b:make", path="x")])
+@pytest.mark.parametrize(
+    "config",
+    [
+        DataConfig(),
+        DataConfig(packing="best_fit", long_documents="drop"),
+        TokenizerConfig(),
+        TokenizerConfig(name="a.b:make", path="x"),
+    ],
+)
 def test_data_settings_valid_ones_have_no_problems(config: DataConfig | TokenizerConfig) -> None:
     assert list(config.problems()) == []
 
@@ -24,6 +32,7 @@ def test_data_settings_valid_ones_have_no_problems(config: DataConfig | Tokenize
         ({"validation_fraction": 1.0}, "validation_fraction"),
         ({"validation_fraction": -0.1}, "validation_fraction"),
         ({"seed": -1}, "seed"),
+        ({"long_documents": "drop"}, "long_documents"),
         ({"num_workers": -1}, "num_workers"),
         ({"prefetch_factor": 0}, "prefetch_factor"),
         ({"cache_dir": ""}, "cache_dir"),
@@ -47,6 +56,12 @@ def test_data_settings_report_all_problems_at_once() -> None:
 
 def test_data_settings_seed_auto_is_the_training_seed() -> None:
     assert (DataConfig().resolved_seed(7), DataConfig(seed=3).resolved_seed(7)) == (7, 3)
+
+
+@pytest.mark.parametrize("mask", [True, False])
+def test_data_settings_positions_auto_follow_the_mask(mask: bool) -> None:
+    values = [DataConfig(document_mask=mask, reset_positions=reset) for reset in ("auto", True, False)]
+    assert [config.resolved_reset_positions() for config in values] == [mask, True, False]
 
 
 def test_data_settings_import_neither_torch_nor_numpy() -> None:

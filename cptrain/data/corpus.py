@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+
+
+class Pieces(NamedTuple):
+    """What a window holds: pieces of different documents, in order. Only the last may end before its document does.
+
+    starts, lengths: int64 [pieces], tokens [start, start + length) of the corpus' flat sequence. continues: whether the
+    document of the last piece goes on, so that there is a next token to predict.
+    """
+
+    starts: np.ndarray
+    lengths: np.ndarray
+    continues: bool
 
 
 class Corpus:
     """All documents, one after the other, read from disk as needed.
 
-    folder: what `prepare_corpus` made. vocab_size: every token id is below it.
+    folder: what `prepare_corpus` made. vocab_size: every token id is below it. pad_id: what fills a window up, the
+    tokenizer's PAD or, where the vocabulary has none, its EOS.
     offsets: int64 [num_documents + 1], where each document begins in the flat sequence; the last one is num_tokens.
     fingerprint: digest of all tokens and offsets, the same on any machine; store it to see whether data has changed.
     Pickles as its folder, so a worker process maps the files itself.
@@ -27,6 +41,7 @@ class Corpus:
             ) from error
         self.fingerprint: str = about["fingerprint"]
         self.vocab_size: int = about["vocab_size"]
+        self.pad_id: int = about["pad_id"]
         dtype = np.dtype(about["dtype"])
         self._shards: list[np.ndarray] = []
         for name, num_tokens in about["shards"]:

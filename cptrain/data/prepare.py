@@ -20,7 +20,7 @@ from cptrain.data.tokenizer import Tokenizer, build_tokenizer, tokenizer_identit
 
 logger = logging.getLogger("cptrain")
 
-_FORMAT = 1  # of the files in the folder; another one is another folder
+_FORMAT = 2  # of the files in the folder; another one is another folder
 
 
 def prepare_corpus(config: DataConfig, tokenizer_config: TokenizerConfig, *, seed: int) -> Path:
@@ -94,7 +94,7 @@ def _tokenize(folder: Path, config: DataConfig, tokenizer: Tokenizer, files: lis
             lengths.append(len(document))
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     shards = [("tokens.bin", int(offsets[-1]))]
-    _write_about(folder, offsets, shards, dtype, tokenizer.vocab_size, digest, faults, empty)
+    _write_about(folder, offsets, shards, dtype, tokenizer, digest, faults, empty)
 
 
 def _index_token_files(folder: Path, config: DataConfig, tokenizer: Tokenizer, files: list[Path]) -> None:
@@ -109,7 +109,7 @@ def _index_token_files(folder: Path, config: DataConfig, tokenizer: Tokenizer, f
             continue
         shards.append((str(file), int(ends[-1])))
         offsets.append(ends + offsets[-1][-1])
-    _write_about(folder, np.concatenate(offsets), shards, dtype, tokenizer.vocab_size, digest, faults, empty)
+    _write_about(folder, np.concatenate(offsets), shards, dtype, tokenizer, digest, faults, empty)
 
 
 def _write_about(
@@ -117,7 +117,7 @@ def _write_about(
     offsets: np.ndarray,
     shards: list[tuple[str, int]],
     dtype: np.dtype,
-    vocab_size: int,
+    tokenizer: Tokenizer,
     digest: hashlib.blake2b,
     faults: Faults,
     empty: int,
@@ -132,7 +132,8 @@ def _write_about(
     np.save(folder / "offsets.npy", offsets)
     about = {
         "dtype": dtype.name,
-        "vocab_size": vocab_size,
+        "vocab_size": tokenizer.vocab_size,
+        "pad_id": tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id,
         "shards": shards,
         "fingerprint": digest.hexdigest(),
         "empty": empty,

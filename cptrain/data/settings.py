@@ -9,6 +9,9 @@ from typing import Literal
 
 from cptrain.config import Problem, setting
 
+Packing = Literal["concat", "best_fit"]
+LongDocuments = Literal["split", "drop"]
+
 _EXAMPLES = {"text": "folder/**/*.txt", "jsonl": "folder/*.jsonl", "tokens": "folder/*.bin"}
 
 
@@ -51,6 +54,20 @@ class DataConfig:
     )
     validation_fraction: float = setting(0.01, "share of the tokens held out for validation, in whole documents")
     seed: int | Literal["auto"] = setting("auto", 'orders and splits the documents; "auto": the seed of the training')
+    document_mask: bool = setting(
+        True, "tokens see only their own document; false: all that comes before in the window"
+    )
+    reset_positions: bool | Literal["auto"] = setting(
+        "auto", 'positions begin at 0 in each document; false: in each window only; "auto": as data.document_mask says'
+    )
+    packing: Packing = setting(
+        "concat",
+        '"concat": one stream of documents, cut at window ends; "best_fit": whole documents, windows filled up with '
+        "padding",
+    )
+    long_documents: LongDocuments = setting(
+        "split", 'with "best_fit", documents longer than a window are "split": cut into pieces; "drop": left out'
+    )
     num_workers: int = setting(0, "processes per rank that build batches ahead of time; 0: the rank itself does")
     prefetch_factor: int = setting(2, "batches each worker process builds ahead")
     cache_dir: str = setting(
@@ -77,6 +94,12 @@ class DataConfig:
             yield Problem(key="validation_fraction", rule="must be at least 0 and below 1", fix="set it to 0.01")
         if self.seed != "auto" and not 0 <= self.seed < 2**63:
             yield Problem(key="seed", rule="must be between 0 and 2**63 - 1", fix='set it to "auto"')
+        if self.packing == "concat" and self.long_documents != "split":
+            yield Problem(
+                key="long_documents",
+                rule='with data.packing = "concat" long documents run on through the next windows',
+                fix='set it to "split", or data.packing to "best_fit"',
+            )
         if self.num_workers < 0:
             yield Problem(key="num_workers", rule="must not be negative", fix="set it to 0")
         if self.prefetch_factor < 1:
@@ -87,3 +110,7 @@ class DataConfig:
     def resolved_seed(self, training_seed: int) -> int:
         """The seed that splits and orders the documents."""
         return training_seed if self.seed == "auto" else self.seed
+
+    def resolved_reset_positions(self) -> bool:
+        """Whether positions begin at 0 in each document."""
+        return self.document_mask if self.reset_positions == "auto" else self.reset_positions

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from cptrain.data.cache import publish
-from cptrain.data.corpus import Corpus
+from cptrain.data.corpus import Corpus, Pieces
 from cptrain.data.shuffle import shuffled_order
 
 
@@ -41,19 +41,18 @@ class Split:
     def __reduce__(self) -> tuple[object, ...]:
         return _reopen, (self.corpus, self.folder, self.name, self.fraction, self.seed)
 
-    def read(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens [begin, end) of the stream, and of which document each is, counted from the first one seen.
+    def pieces(self, begin: int, end: int) -> Pieces:
+        """The documents that tokens [begin, end) of the stream cover, the first and the last one cut where those end.
 
-        Both int64 [end - begin]. The cost grows with end - begin and with the logarithm of the number of documents.
+        The cost grows with the number of these documents and with the logarithm of the number of all.
         """
         # Keys of the array's own dtype: with another one searchsorted converts the whole array first.
         first = int(np.searchsorted(self.starts, np.int64(begin), side="right")) - 1
         last = int(np.searchsorted(self.starts, np.int64(end), side="left"))
         starts, stops = self.starts[first:last], self.starts[first + 1 : last + 1]
-        begins = np.maximum(starts, begin)
-        lengths = np.minimum(stops, end) - begins
-        tokens = self.corpus.read(self.corpus.offsets[self.documents[first:last]] + begins - starts, lengths)
-        return tokens, np.repeat(np.arange(last - first), lengths)
+        begins, ends = np.maximum(starts, begin), np.minimum(stops, end)
+        places = self.corpus.offsets[self.documents[first:last]] + begins - starts
+        return Pieces(places, ends - begins, bool(end < stops[-1]))
 
 
 def _reopen(corpus: Corpus, folder: Path, name: str, fraction: float, seed: int) -> Split:
