@@ -3,6 +3,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -16,15 +17,22 @@ from cptrain.data.windows import IGNORE, Windows
 SEQ_LEN = 16
 
 
-@pytest.fixture(scope="module")
-def windows(tmp_path_factory: pytest.TempPathFactory) -> Windows:
+@pytest.fixture(scope="module", params=["concat", "best_fit"])
+def windows(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Windows:
     """About 60 windows of random text, no two alike."""
     corpus = corpus_of(tmp_path_factory.mktemp("corpus"), random_texts(50))
-    return Windows(split_documents(corpus, fraction=0.0, seed=5)[0], seq_len=SEQ_LEN)
+    return Windows(split_documents(corpus, fraction=0.0, seed=5)[0], seq_len=SEQ_LEN, packing=request.param)
 
 
 def batches_of(
-    windows: Windows, *, start: int = 0, world: int = 1, rank: int = 0, local: int = 2, workers: int = 0
+    windows: Windows,
+    *,
+    start: int = 0,
+    world: int = 1,
+    rank: int = 0,
+    local: int = 2,
+    workers: int = 0,
+    finish: Callable[[Batch], Batch] | None = None,
 ) -> TrainBatches:
     return TrainBatches(
         windows,
@@ -34,7 +42,14 @@ def batches_of(
         dp_rank=rank,
         dp_degree=world,
         num_workers=workers,
+        finish=finish,
     )
+
+
+def longest_document(batch: Batch) -> Batch:
+    """The batch, with the most tokens that a document has in each row, and the process that counted."""
+    counts = torch.stack([row[row >= 0].bincount().max() for row in batch["document_ids"]])
+    return {**batch, "longest": counts, "process": torch.full_like(counts, os.getpid())}
 
 
 def take(batches: TrainBatches, count: int) -> torch.Tensor:
@@ -97,6 +112,21 @@ def test_data_loader_cursor_in_the_middle_of_a_step_is_refused(windows: Windows)
 def test_data_loader_workers_give_the_same_batches(windows: Windows) -> None:
     alone, helped = batches_of(windows, start=8), batches_of(windows, start=8, workers=2)
     assert torch.equal(take(alone, 9), take(helped, 9))
+
+
+def test_data_loader_finishes_each_batch(windows: Windows) -> None:
+    finished, plain = batches_of(windows, finish=longest_document), batches_of(windows)
+    for _ in range(9):
+        batch, expected = next(finished), longest_document(next(plain))
+        assert all(torch.equal(batch[name], part) for name, part in expected.items())
+
+
+def test_data_loader_finishes_batches_in_its_workers(windows: Windows) -> None:
+    batches = batches_of(windows, workers=1, finish=longest_document)
+    batch = next(batches)
+    assert batch["process"].tolist() == [child.pid for child in multiprocessing.active_children()] * 2
+    assert torch.equal(batch["longest"], longest_document(next(batches_of(windows)))["longest"])
+    batches.close()
 
 
 def test_data_loader_close_stops_its_workers(windows: Windows) -> None:
@@ -184,10 +214,19 @@ def test_data_validation_takes_all_windows_and_no_more(windows: Windows) -> None
         assert len(list(batches)) == len(windows)
 
 
-def test_data_validation_is_in_the_order_of_the_text(windows: Windows) -> None:
+def test_data_validation_is_in_the_order_of_the_windows(windows: Windows) -> None:
     [batches] = validation(windows, 1, 2, 6)
     read = torch.cat([batch["tokens"] for batch in batches])
     assert rows(read) == rows(torch.stack([windows.window(number)["tokens"] for number in range(6)]))
+
+
+def test_data_validation_finishes_each_batch(windows: Windows) -> None:
+    arguments = {"local_batch_size": 3, "dp_rank": 1, "dp_degree": 2, "num_windows": 10}
+    plain = list(validation_batches(windows, **arguments))  # type: ignore[arg-type]
+    finished = list(validation_batches(windows, **arguments, finish=longest_document))  # type: ignore[arg-type]
+    assert len(finished) == 2
+    for batch, expected in zip(finished, map(longest_document, plain), strict=True):
+        assert all(torch.equal(batch[name], part) for name, part in expected.items())
 
 
 @pytest.mark.parametrize("values", [{"num_windows": 0}, {"local_batch_size": 0}, {"dp_rank": 2}])

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Literal
 
 import torch
@@ -24,6 +25,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from cptrain.data.windows import IGNORE, Windows
 
 Batch = dict[str, torch.Tensor]
+Finish = Callable[[Batch], Batch]
 
 
 class _Indices:
@@ -47,6 +49,8 @@ class TrainBatches:
     Each is a dict of int64 [local_batch_size, seq_len] (see `Windows.window`).
     start_index: the global index at which to go on, 0 for a fresh start, else what `next_index` said.
     num_workers, prefetch_factor: see `DataConfig`. The batches do not depend on them.
+    finish: applied to each batch where it is built, in the worker process if there are workers. So it must pickle, and
+    what it returns depend on the batch alone.
     ValueError if local_batch_size * dp_degree does not divide global_batch_size.
     """
 
@@ -61,6 +65,7 @@ class TrainBatches:
         dp_degree: int,
         num_workers: int = 0,
         prefetch_factor: int = 2,
+        finish: Finish | None = None,
     ) -> None:
         _check_place(local_batch_size, dp_rank, dp_degree)
         together = local_batch_size * dp_degree
@@ -84,6 +89,7 @@ class TrainBatches:
                 windows,
                 batch_sampler=_Indices(first, local_batch_size=local_batch_size, dp_degree=dp_degree),
                 num_workers=num_workers,
+                collate_fn=partial(_build_batch, finish=finish),
                 prefetch_factor=prefetch_factor if num_workers else None,
                 # A forked child of a process with gloo and OpenMP threads may hang; a fork server dies of the SIGTERM
                 # that a batch system sends to every process, and the workers with it.
@@ -134,11 +140,13 @@ def validation_batches(
     dp_rank: int,
     dp_degree: int,
     num_windows: int | Literal["all"] = "all",
+    finish: Finish | None = None,
 ) -> Iterator[Batch]:
-    """Batches that cover windows 0 .. num_windows - 1 once over all data-parallel ranks, in the order of the text.
+    """Batches that cover windows 0 .. num_windows - 1 once over all data-parallel ranks, in this order.
 
     Every rank gets the same number of batches of int64 [local_batch_size, seq_len]: where the windows run out, a batch
-    is filled up with window 0 with every label IGNORE. num_windows is capped at what there is.
+    is filled up with window 0 with every label IGNORE. num_windows is capped at what there is. finish: applied to each
+    batch.
     """
     _check_place(local_batch_size, dp_rank, dp_degree)
     total = len(windows) if num_windows == "all" else min(num_windows, len(windows))
@@ -146,9 +154,16 @@ def validation_batches(
         raise ValueError(f"num_windows = {num_windows}: must be positive")
     firsts = range(dp_rank * local_batch_size, total + dp_rank * local_batch_size, local_batch_size * dp_degree)
     return (
-        default_collate([_window_or_padding(windows, first + row, total) for row in range(local_batch_size)])
+        _build_batch(
+            [_window_or_padding(windows, first + row, total) for row in range(local_batch_size)], finish=finish
+        )
         for first in firsts
     )
+
+
+def _build_batch(samples: list[Batch], *, finish: Finish | None) -> Batch:
+    batch: Batch = default_collate(samples)
+    return finish(batch) if finish else batch
 
 
 def _check_place(local_batch_size: int, dp_rank: int, dp_degree: int) -> None:
