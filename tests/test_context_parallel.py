@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from small import small_model
 from tolerance import assert_matches
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -254,3 +255,34 @@ def groups_made(rank: int, world: int) -> list[int]:
 def test_context_parallel_regroup_makes_no_new_groups_when_it_goes_back(pool):
     for counts in pool.run(4, groups_made):
         assert counts[0] < counts[1] == counts[2] == counts[3]
+
+
+def described(rank: int, world: int) -> dict[str, str]:
+    model = small_model(num_layers=4)
+    cp = plan(2, 2)
+    before = cp.describe()
+    cp.apply(model, modules=["layers.0.attention", "layers.1.attention"])
+    cp.apply(model, modules=["layers.[23].attention"], window_size=8)
+    shapes = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 64, "dtype": torch.bfloat16}
+    mesh = init_device_mesh("cpu", (4,), mesh_dim_names=("ring",))
+    gathers = ContextParallel(mesh, ulysses=None, method="all_gather")
+    return {"before": before, "applied": cp.describe(4096, **shapes), "all_gather": gathers.describe(4096, **shapes)}
+
+
+def test_plan_describes_its_modules_messages_and_buffers(pool):
+    texts = pool.run(4, described)[0]
+    assert texts["before"].splitlines()[1].startswith("no module applied yet: no window, all-to-all over 2 ranks and ")
+    lines = texts["applied"].splitlines()
+    assert lines[0] == "hybrid (ring 2 x ulysses 2, zigzag, 1 hops, two key buffers)"
+    assert lines[1].startswith("2 modules, layers.0.attention .. layers.1.attention: no window, all-to-all over 2")
+    # a ring rank holds 2048 tokens of 1 kv head (of 2, over Ulysses 2) of 64 + 64 elements of 2 bytes: 512 KiB
+    # all-to-all: a rank's 1024 tokens of 8 query heads of 64 elements, half of which go: 512 KiB; of 2 kv heads 128 KiB
+    sent = "2 x 512 KiB (all_to_all), 2 x 128 KiB (all_to_all)"
+    assert lines[2] == f"  forward sends {sent}, 1 x 512 KiB (send)"
+    assert lines[3] == f"  backward sends {sent}, 1 x 1 MiB (send)"
+    assert lines[4] == "  two key buffers of 512 KiB"
+    assert lines[5].startswith("2 modules, layers.2.attention .. layers.3.attention: window 8, ")
+    assert "needed keys straight from their owners" in lines[5]
+    gathered = texts["all_gather"].splitlines()
+    assert gathered[2] == "  forward sends 2 x 768 KiB (all_gather)"
+    assert gathered[3] == "  backward sends 2 x 768 KiB (all_gather), 2 x 1.5 MiB (reduce_scatter)"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cptrain.context_parallel import ContextParallel
-from cptrain.context_parallel.attention import sends_needed_only
+from cptrain.context_parallel.description import carried
 from cptrain.context_parallel.mask import Mask
 from cptrain.context_parallel.selfcheck import describe_mask
 from cptrain.models.shape import ModelShape
@@ -18,29 +18,8 @@ def methods_by_layer(plan: ContextParallel, shape: ModelShape, seq_len: int) -> 
     for window, layers in by_window.items():
         mask = Mask(shape.attention_mask == "causal", window)
         seen = f"{describe_mask(mask)} in documents" if plan.layout == "balanced" else describe_mask(mask)
-        lines.append(f"layers {_listed(layers)}: {seen}, {_method(plan, mask, seq_len)}")
+        lines.append(f"layers {_listed(layers)}: {seen}, {carried(plan, mask, seq_len)}")
     return lines
-
-
-def _method(plan: ContextParallel, mask: Mask, seq_len: int) -> str:
-    parts = []
-    if plan.ulysses_degree > 1:
-        parts.append(f"all-to-all over {plan.ulysses_degree} ranks")
-    if plan.ring_degree > 1:
-        ring, balanced = plan.ring_degree, plan.layout == "balanced"
-        needed_only = not balanced and sends_needed_only(plan.ring_layout(seq_len), mask)
-        inner = f" with inner rings of {plan.ring_inner_degree}" if plan.ring_inner_degree > 1 else ""
-        straight = "needed keys straight from their owners"
-        if needed_only:
-            carried = f"{straight}, of {ring} ranks"
-        elif plan.method == "all_gather":
-            carried = f"keys gathered over {ring} ranks one head at a time"
-        else:
-            carried = f"ring of {ring}{inner}"
-            if balanced:
-                carried = f"{carried} or {straight}, by the batch"
-        parts.append(f"{carried}, {plan.layout}")
-    return " and ".join(parts) or "whole sequences on each rank"
 
 
 def _listed(layers: list[int]) -> str:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from cptrain.context_parallel import dispatch, huggingface
+from cptrain.context_parallel import description, dispatch, huggingface
 from cptrain.context_parallel.attention import Route
 from cptrain.context_parallel.attention import attention as attention_operator
 from cptrain.context_parallel.groups import Groups, make_groups
@@ -21,6 +21,7 @@ from cptrain.context_parallel.kernels import KERNELS
 from cptrain.context_parallel.layout import LAYOUTS, Layout, length_multiple, make_layout, nearest_multiples
 from cptrain.context_parallel.packed_batch import Entered, PackedBatch, rows_joined, rows_split
 from cptrain.context_parallel.packing import Packer, decode, find_documents, join_offsets
+from cptrain.context_parallel.traffic import Call
 from cptrain.context_parallel.ulysses import heads_to_sequence, replicate_kv_heads, sequence_to_heads
 from cptrain.distributed.settings import divisors, valid_ulysses_degrees
 from cptrain.distributed.transport import warm_up
@@ -64,6 +65,7 @@ class ContextParallel:
     _route: str = field(init=False, repr=False)
     _exchange_route: str = field(init=False, repr=False)
     _entered: Entered = field(init=False, repr=False, compare=False)
+    _applied: dict[str, int] = field(init=False, repr=False, compare=False)  # windows of modules, by name
     _family: dict[tuple[Any, ...], ContextParallel] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -86,6 +88,7 @@ class ContextParallel:
         self._set("_groups", groups)
         self._set("_heads_group", heads_group)
         carried_by = "all_gather" if self.method == "all_gather" else "ring"
+        self._set("_applied", {})
         self._set("_family", {})
         self._set("_entered", Entered())
         route = Route(carried_by, ring, self.layout, self.overlap, self.kernel, groups)
@@ -217,7 +220,9 @@ class ContextParallel:
             model, matched, positions=self._local_positions, degree=self.degree, window_size=window_size
         )
         for name, module in matched.items():
-            dispatch.install(name, module, self.attention, windows.get(name, window_size))
+            window = windows.get(name, window_size)
+            dispatch.install(name, module, self.attention, window)
+            self._applied[name] = window or 0
         return list(matched)
 
     def regroup(
@@ -268,18 +273,28 @@ class ContextParallel:
         shape = [*(self.mesh.size(names.index(axis)) for axis in others), *(sizes[axis] for axis in wanted)]
         return DeviceMesh(self.mesh.device_type, ranks.reshape(shape), mesh_dim_names=(*others, *wanted))
 
-    def describe(self) -> str:
+    def summary(self) -> str:
         """One line: method, degrees, layout and hops."""
-        if self.degree == 1:
-            return "no context parallelism (one rank holds the whole sequence)"
-        parts = [f"ring {self.ring_degree} x ulysses {self.ulysses_degree}"]
-        if self.ring_degree > 1:
-            parts.append(self.layout)
-            if self.ring_inner_degree > 1:
-                parts.append(f"inner rings of {self.ring_inner_degree}")
-            if self.method != "all_gather":
-                parts.append(f"{self.ring_degree - 1} hops, two key buffers")
-        return f"{self.method} ({', '.join(parts)})"
+        return description.summary(self)
+
+    def describe(
+        self,
+        seq_len: int | None = None,
+        *,
+        num_heads: int = 0,
+        num_kv_heads: int = 0,
+        head_dim: int = 0,
+        dtype: torch.dtype = torch.bfloat16,
+        batch: int = 1,
+    ) -> str:
+        """The plan in lines: its summary, and for each kind of module it was applied to how the keys travel.
+
+        Given the global length and the heads (of one tensor-parallel rank), also the messages of one call, with bytes
+        per hop as a rank sends them, and its buffers. For packed documents they differ by batch.
+        """
+        shapes = {"heads": num_heads, "kv_heads": num_kv_heads or num_heads, "key_dim": head_dim, "value_dim": head_dim}
+        call = Call(batch=batch, itemsize=dtype.itemsize, **shapes) if num_heads and head_dim else None
+        return description.describe(self, self._applied, seq_len, call)
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)

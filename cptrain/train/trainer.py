@@ -307,7 +307,7 @@ class Trainer:
         if not first and self.rank == 0:
             logger.info(
                 f"stage {index + 1} from step {self.step + 1}: {global_batch} x {length:,} tokens, "
-                f"{self.context.describe()}, data parallel {degrees.data}"
+                f"{self.context.summary()}, data parallel {degrees.data}"
             )
         self.startup_check(self.context, length)
 

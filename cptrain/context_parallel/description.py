@@ -1,0 +1,99 @@
+"""A plan in words: which modules it serves, how their keys travel, and what that sends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from cptrain.context_parallel.attention import sends_needed_only
+from cptrain.context_parallel.mask import Mask
+from cptrain.context_parallel.traffic import Call, Traffic, attention_traffic
+
+if TYPE_CHECKING:
+    from cptrain.context_parallel.api import ContextParallel
+
+KIB = 1024
+
+
+def summary(plan: ContextParallel) -> str:
+    """One line: method, degrees, layout and hops."""
+    if plan.degree == 1:
+        return "no context parallelism (one rank holds the whole sequence)"
+    parts = [f"ring {plan.ring_degree} x ulysses {plan.ulysses_degree}"]
+    if plan.ring_degree > 1:
+        parts.append(plan.layout)
+        if plan.ring_inner_degree > 1:
+            parts.append(f"inner rings of {plan.ring_inner_degree}")
+        if plan.method != "all_gather":
+            parts.append(f"{plan.ring_degree - 1} hops, two key buffers")
+    return f"{plan.method} ({', '.join(parts)})"
+
+
+def describe(plan: ContextParallel, applied: Mapping[str, int], seq_len: int | None, call: Call | None) -> str:
+    """The summary, then a line for each kind of module (by its window) that the plan was applied to.
+
+    With the length of a sequence and the shapes of a call, what rank 0 of the ring sends in it, and the buffers.
+    """
+    lines = [summary(plan)]
+    by_window: dict[int, list[str]] = {}
+    for name, window in applied.items():
+        by_window.setdefault(window, []).append(name)
+    for window, names in (by_window or {0: []}).items():
+        where = f"{len(names)} modules, {names[0]} .. {names[-1]}" if names else "no module applied yet"
+        mask = Mask(causal=True, window=window)
+        seen = f"window {window}" if window else "no window"
+        lines.append(f"{where}: {seen}, {carried(plan, mask, seq_len)}")
+        if call is not None and seq_len is not None and plan.layout != "balanced":
+            lines += [f"  {line}" for line in _sent(plan, mask, seq_len, call)]
+    return "\n".join(lines)
+
+
+def carried(plan: ContextParallel, mask: Mask, seq_len: int | None) -> str:
+    """How keys get to the queries of layers with this mask; needed-only sending depends on the length."""
+    parts = []
+    if plan.ulysses_degree > 1:
+        parts.append(f"all-to-all over {plan.ulysses_degree} ranks")
+    if plan.ring_degree > 1:
+        ring, balanced = plan.ring_degree, plan.layout == "balanced"
+        needed_only = not balanced and seq_len is not None and sends_needed_only(plan.ring_layout(seq_len), mask)
+        inner = f" with inner rings of {plan.ring_inner_degree}" if plan.ring_inner_degree > 1 else ""
+        straight = "needed keys straight from their owners"
+        if needed_only:
+            how = f"{straight}, of {ring} ranks"
+        elif plan.method == "all_gather":
+            how = f"keys gathered over {ring} ranks one head at a time"
+        else:
+            how = f"ring of {ring}{inner}"
+            if balanced:
+                how = f"{how} or {straight}, by the batch"
+        parts.append(f"{how}, {plan.layout}")
+    return " and ".join(parts) or "whole sequences on each rank"
+
+
+def _sent(plan: ContextParallel, mask: Mask, seq_len: int, call: Call) -> list[str]:
+    layout = plan.ring_layout(seq_len)
+    forward, backward = attention_traffic(
+        call,
+        mask,
+        layout,
+        ring_rank=0,
+        gathers=plan.method == "all_gather",
+        ulysses_degree=plan.ulysses_degree,
+    )
+    lines = [f"forward sends {_messages(forward)}", f"backward sends {_messages(backward)}"]
+    if plan.ring_degree > 1 and plan.method != "all_gather" and not sends_needed_only(layout, mask):
+        largest = max(message.num_bytes for message in forward if message.kind == "send")
+        lines.append(f"two key buffers of {_size(largest)}")
+    return lines
+
+
+def _messages(traffic: Traffic) -> str:
+    texts = [f"{count} x {_size(message.num_bytes)} ({message.kind})" for message, count in traffic.items()]
+    return ", ".join(texts) or "nothing"
+
+
+def _size(num_bytes: int) -> str:
+    for power, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if num_bytes >= KIB**power:
+            return f"{num_bytes / KIB**power:.4g} {unit}"
+    return f"{num_bytes} B"
