@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from itertools import pairwise
 from unittest import mock
 
 import torch
@@ -133,6 +134,20 @@ def swapped_chunks() -> Planted:
 def no_document_mask() -> Planted:
     """Tokens see all that comes before them in the batch, whatever document it belongs to."""
     return mock.patch.object(Packing, "mask", lambda self, window=0: Mask(causal=True, window=window))
+
+
+def shifted_documents() -> Planted:
+    """Every document but the first of a row begins a token late: its first token belongs to the one before it."""
+    right = Packing.mask
+
+    def shifted(self, window=0):
+        mask = right(self, window)
+        offsets = list(mask.documents.offsets)
+        for index, (start, stop) in enumerate(pairwise(mask.documents.offsets)):
+            offsets[index] += start % self.row_length > 0 and start + 1 < stop
+        return replace(mask, documents=replace(mask.documents, offsets=tuple(offsets)))
+
+    return mock.patch.object(Packing, "mask", shifted)
 
 
 def running_positions() -> Planted:

@@ -21,7 +21,9 @@ from cptrain.check.flow import influence
 from cptrain.check.layers import methods_by_layer
 from cptrain.check.run import check
 from cptrain.context_parallel.finding import Finding, agreed, table
-from cptrain.context_parallel.mask import CAUSAL, FULL, Mask
+from cptrain.context_parallel.mask import CAUSAL, FULL, Documents, Mask
+from cptrain.context_parallel.selfcheck import small_documents
+from cptrain.data.settings import DataConfig
 from cptrain.distributed.settings import ParallelismConfig
 from cptrain.models.settings import ModelConfig
 from cptrain.parallel.settings import ActivationCheckpointConfig
@@ -32,6 +34,7 @@ CPU = torch.device("cpu")
 ATTENTION = ("out", "dq", "dk", "dv")
 STEP = ("step: loss", "step: gradient norm", "step: worst gradient")
 FLOW, LEAK = "flow: tokens not reached", "flow: leaks from unseen tokens"
+BETWEEN = "leak between documents"
 TOKENS, ROTARY = "positions of each rank's tokens", "rotary positions"
 MESSAGES = ("messages of forward", "messages of backward")
 
@@ -41,9 +44,12 @@ def settings(
     mode: str = "selective",
     model: dict[str, Any] | None = None,
     training: dict[str, Any] | None = None,
+    data: dict[str, Any] | None = None,
     **degrees: Any,
 ) -> TrainSettings:
+    """Without document masks, unless `data` says otherwise."""
     return TrainSettings(
+        data=DataConfig(**{"document_mask": False} | (data or {})),
         model=ModelConfig(**MODEL | (model or {})),
         training=TrainingConfig(**{"seq_len": 64} | (training or {})),
         parallelism=ParallelismConfig(**degrees),
@@ -51,8 +57,14 @@ def settings(
     )
 
 
-def attention(mask: str) -> list[str]:
-    return [f"attention, {mask}: {name}" for name in ATTENTION]
+def attention(*masks: str) -> list[str]:
+    return [f"attention, {mask}: {name}" for mask in masks for name in ATTENTION]
+
+
+def in_documents(mask: str, *, ring: int, ways: tuple[str, ...] = ("ring", "exchange"), length: int = 64) -> list[str]:
+    """What attention inside the documents of a check is called, for each way that keys may go."""
+    count = len(list(small_documents(length, ring_degree=ring).spans()))
+    return [f"{mask} in {count} documents" + (f" by {way}" if way else "") for way in ways]
 
 
 def check_all(rank: int, world: int, each: list[TrainSettings]) -> list[list[tuple[str, list[Finding]]]]:
@@ -60,6 +72,7 @@ def check_all(rank: int, world: int, each: list[TrainSettings]) -> list[list[tup
     return [list(check(one, CPU)) for one in each]
 
 
+DOCUMENTS = {"document_mask": True}
 # ranks, settings, and the masks whose attention gets rows
 CONFIGURATIONS: dict[str, tuple[int, TrainSettings, list[str]]] = {
     "one rank": (1, settings(), []),
@@ -96,6 +109,47 @@ CONFIGURATIONS: dict[str, tuple[int, TrainSettings, list[str]]] = {
         ),
         ["causal"],
     ),
+    "documents on one rank": (1, settings(data=DOCUMENTS), in_documents("causal", ring=1, ways=("",))),
+    "documents with padding, all-gather": (
+        2,
+        settings(
+            ring_degree=2, context_parallel_method="all_gather", data=DOCUMENTS | {"packing": "best_fit"}, mode="none"
+        ),
+        in_documents("causal", ring=2, ways=("",)),
+    ),
+    "documents, ring x tp, accumulation, all recomputed": (
+        4,
+        settings(
+            ring_degree=2,
+            tensor_parallel_degree=2,
+            mode="full",
+            data=DOCUMENTS,
+            training={"local_batch_size": 2, "global_batch_size": 4},
+        ),
+        in_documents("causal", ring=2),
+    ),
+    "documents, hybrid, ulysses outside": (
+        4,
+        settings(
+            ring_degree=2,
+            ulysses_degree=2,
+            context_parallel_order="context_first",
+            data=DOCUMENTS,
+            training={"local_batch_size": 2},
+        ),
+        in_documents("causal", ring=2),
+    ),
+    "documents, windows beside full attention, double ring": (
+        4,
+        settings(
+            ring_degree=4,
+            ring_inner_degree=2,
+            chunk_size=8,
+            model={"window_size": 16, "full_attention_every": 2},
+            data=DOCUMENTS | {"packing": "best_fit"},
+        ),
+        [*in_documents("window 16", ring=4), *in_documents("causal", ring=4)],
+    ),
 }
 
 
@@ -105,8 +159,8 @@ def test_check_passes(pool, name):
     outcomes = pool.run(world, check_all, [configuration])
     ((_, findings),) = outcomes[0][0]
     assert all(finding.passed for finding in findings), table(findings)
-    expected = [row for mask in masks for row in attention(mask)]
-    assert [f.name for f in findings] == [*expected, TOKENS, ROTARY, *STEP, FLOW, LEAK, *MESSAGES]
+    between = [BETWEEN] if configuration.data.document_mask else []
+    assert [f.name for f in findings] == [*attention(*masks), TOKENS, ROTARY, *STEP, FLOW, LEAK, *between, *MESSAGES]
     for other in outcomes[1:]:
         assert [f.passed for f in other[0][0][1]] == [f.passed for f in findings], "ranks must agree"
 
@@ -143,7 +197,8 @@ def test_check_in_bf16_measures_by_the_rounding_of_one_device(pool):
 def test_check_in_bf16_finds_a_fault(pool):
     findings = pool.run(2, check_in_bf16, settings(ring_degree=2), "dropped_hop")[0]
     failed = {f.name for f in findings if not f.passed}
-    assert failed == {*attention("causal"), *STEP, FLOW}
+    # The loss of random weights is about that of a uniform guess, whatever they attend to.
+    assert failed - {STEP[0]} == {*attention("causal"), *STEP[1:], FLOW}
 
 
 def check_faulty(rank: int, world: int, one: TrainSettings, fault: str) -> list[Finding]:
@@ -154,6 +209,8 @@ def check_faulty(rank: int, world: int, one: TrainSettings, fault: str) -> list[
 
 RING = settings(ring_degree=2)
 WINDOWS = settings(ring_degree=2, model={"window_size": 16})
+PACKED = settings(ring_degree=2, data=DOCUMENTS)
+BY_RING, BY_EXCHANGE = in_documents("causal", ring=2)
 # fault -> settings, and exactly the rows that fail
 FAULTS: dict[str, tuple[TrainSettings, set[str]]] = {
     "dropped_hop": (RING, {*attention("causal"), *STEP, FLOW}),
@@ -169,14 +226,37 @@ FAULTS: dict[str, tuple[TrainSettings, set[str]]] = {
     "repeated_messages": (RING, {MESSAGES[1]}),
     "swapped_chunks": (RING, {*attention("causal"), TOKENS, *STEP, FLOW, LEAK}),
 }
+# The same with document masks: batches of the check go by exchange.
+FAULTS_OF_DOCUMENTS: dict[str, set[str]] = {
+    "no_document_mask": {*attention(BY_RING, BY_EXCHANGE), *STEP, LEAK, BETWEEN, *MESSAGES},
+    "shifted_documents": {*attention(BY_RING, BY_EXCHANGE), *STEP, FLOW, LEAK, BETWEEN, *MESSAGES},
+    "dropped_hop": set(attention(BY_RING)),
+    "running_positions": {ROTARY},
+    "swapped_chunks": {*attention(BY_RING, BY_EXCHANGE), TOKENS, *STEP, FLOW, LEAK, BETWEEN},
+}
+
+
+def assert_fails(outcomes: list[list[Finding]], expected: set[str]) -> None:
+    for findings in outcomes:
+        assert {f.name for f in findings if not f.passed} == expected, table(findings)
+        assert table(findings).count("look at: ") == len(expected)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_check_fails_the_rows_that_name_the_fault(pool, fault):
     one, expected = FAULTS[fault]
-    for findings in pool.run(2, check_faulty, one, fault):
-        assert {f.name for f in findings if not f.passed} == expected, table(findings)
-        assert table(findings).count("look at: ") == len(expected)
+    assert_fails(pool.run(2, check_faulty, one, fault), expected)
+
+
+@pytest.mark.parametrize("fault", FAULTS_OF_DOCUMENTS)
+def test_check_with_documents_fails_the_rows_that_name_the_fault(pool, fault):
+    assert_fails(pool.run(2, check_faulty, PACKED, fault), FAULTS_OF_DOCUMENTS[fault])
+
+
+def test_check_finds_on_one_rank_that_documents_are_not_masked(pool):
+    (name,) = in_documents("causal", ring=1, ways=("",))
+    outcomes = pool.run(1, check_faulty, settings(data=DOCUMENTS), "no_document_mask")
+    assert_fails(outcomes, {*attention(name), *STEP, LEAK, BETWEEN})
 
 
 def command(rank: int, world: int, argv: list[str], fault: str = "nothing") -> tuple[int, str, str]:
@@ -194,7 +274,7 @@ def command(rank: int, world: int, argv: list[str], fault: str = "nothing") -> t
     return ended.value.code, out.getvalue(), err.getvalue()
 
 
-SMALL = ["--config", "debug", "--training.seq_len", "64"]
+SMALL = ["--config", "debug", "--training.seq_len", "64", "--data.document_mask", "false"]
 
 
 def test_check_command_ends_with_1_on_all_ranks_when_a_row_fails(pool):
@@ -224,7 +304,7 @@ def test_check_command_ends_with_2_for_settings_that_cannot_work(pool, argv, mes
 def test_check_command_runs_under_torchrun(tmp_path: Path):
     (tmp_path / "mine.toml").write_text(
         "[model]\ndim = 32\nnum_layers = 3\nnum_heads = 4\nffn_dim = 64\nwindow_size = 20\nfull_attention_every = 3\n"
-        "[training]\nseq_len = 256\n[parallelism]\nring_degree = 2\n"
+        "[data]\ndocument_mask = false\n[training]\nseq_len = 256\n[parallelism]\nring_degree = 2\n"
     )
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
@@ -250,6 +330,9 @@ def lines_of(rank: int, world: int) -> dict[str, list[str]]:
         "hybrid": methods_by_layer(make_plan(ring=2, ulysses=2), plain, 64),
         "all-gather": methods_by_layer(make_plan(ring=4, method="all_gather"), plain, 64),
         "double": methods_by_layer(make_plan(ring=4, ring_inner_degree=2), shape, 64),
+        "packed": methods_by_layer(make_plan("balanced", ring=4, ring_inner_degree=2), shape, 64),
+        "packed, ulysses": methods_by_layer(make_plan("balanced", ulysses=4), plain, 64),
+        "packed, all-gather": methods_by_layer(make_plan("balanced", ring=4, method="all_gather"), plain, 64),
     }
 
 
@@ -260,6 +343,15 @@ def test_check_says_how_each_layer_computes_attention(pool):
         "double": [
             "layers 0, 2, 4, 6, ..., 12: window 8, needed keys straight from their owners, of 4 ranks, zigzag",
             "layers 1, 3, 5, 7, ..., 13: causal, ring of 4 with inner rings of 2, zigzag",
+        ],
+        "packed": [
+            f"layers {layers} in documents, ring of 4 with inner rings of 2 or needed keys straight from their owners, "
+            "by the batch, balanced"
+            for layers in ("0, 2, 4, 6, ..., 12: window 8", "1, 3, 5, 7, ..., 13: causal")
+        ],
+        "packed, ulysses": ["layers 0-3: causal in documents, all-to-all over 4 ranks"],
+        "packed, all-gather": [
+            "layers 0-3: causal in documents, keys gathered over 4 ranks one head at a time, balanced"
         ],
     }
 
@@ -282,10 +374,19 @@ def test_check_toy_keeps_what_decides_the_parallelism():
 
 
 def test_check_influence_of_tokens_goes_through_all_layers():
-    reach = influence([Mask(True, 3), Mask(True, 2)], 8, CPU)
+    (reach,) = influence([Mask(True, 3), Mask(True, 2)], 8, CPU)
     assert reach[7].tolist() == [False] * 4 + [True] * 4
-    assert torch.equal(influence([CAUSAL, Mask(True, 2)], 4, CPU), torch.ones(4, 4).tril().bool())
+    assert torch.equal(influence([CAUSAL, Mask(True, 2)], 4, CPU)[0], torch.ones(4, 4).tril().bool())
     assert influence([FULL], 4, CPU).all()
+
+
+def test_check_influence_of_tokens_ends_where_their_document_does():
+    documents = Documents((0, 4, 6, 8, 16), padding=(2,))  # two rows of 8
+    first, second = influence([Mask(True, 3, documents), Mask(True, 2, documents)], 8, CPU)
+    assert first[3].tolist() == [True] * 4 + [False] * 4
+    assert first[5].tolist() == [False] * 4 + [True] * 2 + [False] * 2
+    assert torch.equal(first[6:], torch.eye(8).bool()[6:]), "padding depends on itself"
+    assert second[7].tolist() == [False] * 4 + [True] * 4
 
 
 def rows_of_one_rank(rank: int, world: int) -> list[tuple[float, bool, str]]:

@@ -22,6 +22,7 @@ from cptrain.train.settings import TrainingStage, TrainSettings
 from cptrain.train.startup import StartupCheck
 from cptrain.train.trainer import Trainer
 
+DOCUMENTS = {"document_mask": True}
 LINE = r"startup check: {}: attention exact to \d\.\de-1[4-7] \(\d+\.\d s\)"
 
 
@@ -66,6 +67,7 @@ def text(tmp_path_factory) -> str:
 
 def two_steps(folder: Path, text: str, *, check: bool = True, **sections: dict) -> TrainSettings:
     sections["training"] = {"steps": 2} | sections.get("training", {})
+    sections["data"] = {"document_mask": False} | sections.get("data", {})
     return small_settings(folder, text, validation={"enable": False}, debug={"startup_check": check}, **sections)
 
 
@@ -80,8 +82,14 @@ def two_steps(folder: Path, text: str, *, check: bool = True, **sections: dict) 
             {"parallelism": {"ring_degree": 2, "ulysses_degree": 2}, "model": {"attention_mask": "full"}},
             "ring 2 x ulysses 2, zigzag",
         ),
+        (1, {"data": DOCUMENTS}, "whole sequences on each rank, packed documents"),
+        (
+            2,
+            {"data": DOCUMENTS, "parallelism": {"ring_degree": 2, "chunk_size": 16}, "model": {"window_size": 9}},
+            "ring 2, packed documents",
+        ),
     ],
-    ids=["ring", "windows", "windows on one rank", "hybrid"],
+    ids=["ring", "windows", "windows on one rank", "hybrid", "documents on one rank", "documents and windows"],
 )
 def test_startup_check_logs_one_line(pool, tmp_path, text, world, sections, title):
     lines, *others = (lines for lines, _ in pool.run(world, train_and_listen, two_steps(tmp_path, text, **sections)))
@@ -129,6 +137,21 @@ def test_startup_check_stops_the_run_with_a_table_on_all_ranks(pool, tmp_path, t
         assert "debug.startup_check = false" in message
 
 
+@pytest.mark.parametrize(
+    ("world", "fault", "row"),
+    [
+        (1, "no_document_mask", "attention, causal in 8 documents: out"),
+        (2, "no_document_mask", "flow, causal in 11 documents by exchange: leaks"),
+        (2, "dropped_hop", "attention, causal in 11 documents by ring: out"),
+    ],
+)
+def test_startup_check_stops_a_run_whose_documents_are_not_masked_or_not_whole(pool, tmp_path, text, world, fault, row):
+    settings = two_steps(tmp_path, text, data=DOCUMENTS, parallelism={"ring_degree": world})
+    for message in pool.run(world, errors_of, settings, fault):
+        assert "packed documents: attention over these ranks is not what one rank computes" in message
+        assert re.search(rf"{re.escape(row)} .*FAILED", message), message
+
+
 def test_startup_check_can_be_switched_off(pool, tmp_path, text):
     settings = two_steps(tmp_path, text, check=False, parallelism={"ring_degree": 2})
     lines, _ = pool.run(2, train_and_listen, settings, "dropped_hop")[0]
@@ -143,9 +166,9 @@ def test_startup_check_changes_nothing_of_the_training(pool, tmp_path, text):
     assert with_check == without
 
 
-def traces(rank: int, world: int, shape: ModelShape) -> dict[str, tuple[int, int]]:
+def traces(rank: int, world: int, shape: ModelShape, layout: str) -> dict[str, tuple[int, int]]:
     """Tensors alive and process groups, before and after; and whether the generator has moved."""
-    plan = make_plan(ring=2)
+    plan = make_plan(layout, ring=2)
 
     def count() -> dict[str, int]:
         gc.collect()
@@ -161,9 +184,10 @@ def traces(rank: int, world: int, shape: ModelShape) -> dict[str, tuple[int, int
     return {key: (before[key], after[key]) for key in before}
 
 
-def test_startup_check_leaves_no_tensors_or_groups_and_draws_no_random_numbers(pool, tmp_path, text):
+@pytest.mark.parametrize("layout", ["zigzag", "balanced"])
+def test_startup_check_leaves_no_tensors_or_groups_and_draws_no_random_numbers(pool, tmp_path, text, layout):
     shape = two_steps(tmp_path, text, model={"window_size": 64, "full_attention_every": 2}).shape(64)
-    for rank in pool.run(2, traces, shape):
+    for rank in pool.run(2, traces, shape, layout):
         assert all(before == after for before, after in rank.values()), rank
 
 
