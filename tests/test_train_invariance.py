@@ -12,6 +12,7 @@ from cptrain.train.settings import TrainSettings
 
 MODES = ("none", "selective", "full")
 ACCUMULATION = (1, 2)
+MASK = {True: "documents", False: "causal"}
 FACTORISATIONS = {
     "fsdp 4": (4, {"data_parallel_shard_degree": 4}),
     "ring 4": (4, {"ring_degree": 4}),
@@ -30,16 +31,17 @@ def train_each(rank: int, world: int, variants: list[TrainSettings]) -> list[Out
 def variants(folder: Path, text: str, degrees: dict[str, int], world: int) -> dict[str, TrainSettings]:
     context = degrees.get("ring_degree", 1) * degrees.get("ulysses_degree", 1)
     data = world // (context * degrees.get("tensor_parallel_degree", 1))
+    cases = [(mode, accumulation, True) for mode, accumulation in itertools.product(MODES, ACCUMULATION)]
     return {
-        f"checkpointing {mode}, accumulation {accumulation}": small_settings(
-            folder / f"{mode}-{accumulation}",
+        f"{MASK[masks]}, checkpointing {mode}, accumulation {accumulation}": small_settings(
+            folder / f"{masks}-{mode}-{accumulation}",
             text,
             parallelism={**degrees, "fsdp_reduce_each_microbatch": mode == "full"},
             activation_checkpoint={"mode": mode},
             training={"local_batch_size": GLOBAL_BATCH // (data * accumulation)},
-            data={"cache_dir": str(folder / "cache")},
+            data={"cache_dir": str(folder / "cache"), "document_mask": masks},
         )
-        for mode, accumulation in itertools.product(MODES, ACCUMULATION)
+        for mode, accumulation, masks in [*cases, ("selective", 2, False)]
     }
 
 
@@ -49,20 +51,25 @@ def text(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def one_rank(pool, text, tmp_path_factory) -> Outcome:
-    """Ten steps on one rank with nothing recomputed and nothing accumulated."""
-    folder = tmp_path_factory.mktemp("one-rank")
-    settings = small_settings(folder, text, training={"local_batch_size": GLOBAL_BATCH})
-    outcome = pool.run(1, train_each, [settings])[0][0]
-    assert outcome.losses[-1] < outcome.losses[0] - 0.5, "the run must learn, or equal losses mean little"
-    return outcome
+def one_rank(pool, text, tmp_path_factory) -> dict[str, Outcome]:
+    """Ten steps on one rank with nothing recomputed and nothing accumulated, by mask."""
+    outcomes = {}
+    for masks, name in MASK.items():
+        folder, keys = tmp_path_factory.mktemp("one-rank"), {"document_mask": masks}
+        settings = small_settings(folder, text, training={"local_batch_size": GLOBAL_BATCH}, data=keys)
+        outcome = pool.run(1, train_each, [settings])[0][0]
+        assert outcome.losses[-1] < outcome.losses[0] - 0.5, "the run must learn, or equal losses mean little"
+        outcomes[name] = outcome
+    losses = [outcome.losses for outcome in outcomes.values()]
+    assert abs(losses[0][-1] - losses[1][-1]) > 1e-4, "documents must make a difference, or equal losses mean little"
+    return outcomes
 
 
 def test_training_on_one_rank_is_the_same_with_recompute_and_accumulation(pool, one_rank, text, tmp_path):
     runs = variants(tmp_path, text, {}, 1)
     for name, outcome in zip(runs, pool.run(1, train_each, list(runs.values()))[0], strict=True):
         try:
-            assert_same_training(outcome, one_rank)
+            assert_same_training(outcome, one_rank[name.partition(",")[0]])
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from None
 
@@ -73,6 +80,6 @@ def test_training_is_the_same_for_every_factorisation(pool, one_rank, text, tmp_
     runs = variants(tmp_path, text, degrees, world)
     for variant, outcome in zip(runs, pool.run(world, train_each, list(runs.values()))[0], strict=True):
         try:
-            assert_same_training(outcome, one_rank)
+            assert_same_training(outcome, one_rank[variant.partition(",")[0]])
         except AssertionError as error:
             raise AssertionError(f"{name}, {variant}: {error}") from None

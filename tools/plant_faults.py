@@ -22,7 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-TESTS = ("tests/test_schedule.py", "tests/test_kernels.py", "tests/test_attention.py")
+TESTS = (
+    "tests/test_schedule.py",
+    "tests/test_kernels.py",
+    "tests/test_balance.py",
+    "tests/test_packed.py",
+    "tests/test_attention.py",
+)
 
 
 @dataclass(frozen=True)
@@ -79,9 +85,9 @@ FAULTS = (
     Fault(
         "missing-scale",
         "backward forgets the scale of the scores",
-        "attention.py",
-        "                block_lse,\n                block.shape,\n                scale,",
-        "                block_lse,\n                block.shape,\n                1.0,",
+        "compute.py",
+        "backward_launch(self._kernel, *ours, launch, self._scale)",
+        "backward_launch(self._kernel, *ours, launch, 1.0)",
     ),
     Fault(
         "bf16-accumulator",
@@ -108,8 +114,8 @@ FAULTS = (
         "dropped-window",
         "the sliding window is lost on the way to the schedule",
         "attention.py",
-        "Mask(causal, window))\n    kernel = _kernel(plan, q, k, v)\n    group = q.size(1) // k.size(1)\n    results",
-        "Mask(causal, 0))\n    kernel = _kernel(plan, q, k, v)\n    group = q.size(1) // k.size(1)\n    results",
+        "self.num_ranks * tokens), Mask(causal, window)",
+        "self.num_ranks * tokens), Mask(causal, 0)",
     ),
     Fault(
         "lost-gradients",
@@ -124,6 +130,49 @@ FAULTS = (
         "all_gather.py",
         "both = parts.movedim(0, 2).flatten(2, 3).index_select(2, inverse)",
         "both = parts.movedim(0, 2).flatten(2, 3)",
+    ),
+    Fault(
+        "no-documents",
+        "tokens see the documents before their own",
+        "packing.py",
+        "return Mask(causal=True, window=window, documents=self.documents)",
+        "return Mask(causal=True, window=window)",
+    ),
+    Fault(
+        "shifted-documents",
+        "documents begin a token late",
+        "packing.py",
+        "return Documents((*starts.tolist(), ids.numel()), tuple(padding.tolist()))",
+        "return Documents((0, *(s + 1 for s in starts.tolist()[1:]), ids.numel()), tuple(padding.tolist()))",
+    ),
+    Fault(
+        "seen-padding",
+        "padding is a document like any other",
+        "packing.py",
+        "documents = Documents(take(num_offsets), take(num_padding))",
+        "documents = Documents(take(num_offsets), take(num_padding)[:0])",
+    ),
+    Fault(
+        "wrong-owner",
+        "a rank cuts tensors as the next one should",
+        "packed_batch.py",
+        "index = self._pieces()[self.plan._place()]",
+        "index = self._pieces()[self.plan._place() - 1]",
+    ),
+    Fault(
+        "overwritten-rows",
+        "a rectangle's result replaces that of its rows so far instead of being merged",
+        "compute.py",
+        "if shape is not Shape.LOWER:",
+        "if shape is Shape.UPPER:",
+    ),
+    Fault(
+        "torn-segments",
+        "of blocks in one kernel call, the second begins a key early",
+        "launches.py",
+        "return Segments(_offsets(queries, device), _offsets(keys, device), max(queries), max(keys))",
+        "return Segments(_offsets(queries, device), _offsets([keys[0] - 1, *keys[1:-1], keys[-1] + 1], device), "
+        "max(queries), max(keys))",
     ),
 )
 
