@@ -8,8 +8,9 @@ blocks of one rank ("schedule").
 one device over every document in turn, divided by the ranks. Layouts take turns; "over bound" is the median over
 rounds of time / bound, both of the same round. Where there are a core per rank and thread, time is the wall clock
 until the slowest rank is done; else it is the CPU time of the rank with most, messages included; "computing" is the
-part of the thread that computes. Without either flag both parts run. The pack timed is the one of median work among
-the first --packs of two documents and more.
+part of the thread that computes. More ranks than cores share caches and cores, and their kernels run slower for it; the
+bound, which only as many ranks as there are cores compute, does not. Without either flag both parts run. The pack timed
+is the one of median work among the first --packs of two documents and more.
 
     python tools/bench_documents.py                                            # some minutes, on CPUs
     python tools/bench_documents.py --plan --packs 16
