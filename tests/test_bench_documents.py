@@ -1,0 +1,187 @@
+"""bench_documents runs end to end at tiny sizes, and what it counts is right. Nothing here looks at a time."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from test_attention import problem
+from test_bench import ROOT, read, run_tool, table
+from test_packed import single_process
+from tolerance import assert_matches
+
+from cptrain.context_parallel import ContextParallel
+from cptrain.context_parallel.mask import Mask
+from cptrain.context_parallel.schedule import blocks
+
+LENGTHS = (700, 3, 40, 901, 17, 1, 386)  # 2048 tokens; on 4 ranks some do not fill 8 pieces
+TINY = ["--time", "--sets", "lognormal", "--heads", "4:2", "--dim", "8", "--packs", "3", "--rounds", "2"]
+
+
+@pytest.fixture(scope="module")
+def tools() -> Iterator[ModuleType]:
+    """bench_documents as a module, beside the others of its folder."""
+    sys.path.insert(0, str(ROOT / "tools"))
+    import bench_documents
+
+    yield bench_documents
+    sys.path.remove(str(ROOT / "tools"))
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """(what --plan printed, the folder it ran in)."""
+    folder = tmp_path_factory.mktemp("plan")
+    options = ["--plan", "--sets", "lognormal", "--packs", "3", "--sizes", "32768:4,65536:8"]
+    return run_tool("bench_documents.py", *options, folder=folder), folder
+
+
+@pytest.fixture(scope="module")
+def timed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """(what --time printed, the folder it wrote)."""
+    folder = tmp_path_factory.mktemp("time")
+    options = ["--seq-lens", "768", "--ranks", "2,3", "--out", "found"]
+    return run_tool("bench_documents.py", *TINY, *options, folder=folder), folder / "found"
+
+
+def columns(text: str) -> list[str]:
+    head = next(line for line in text.splitlines() if line.startswith("|"))
+    return [cell.strip() for cell in head.strip("|").split("|")]
+
+
+def test_bench_documents_plan_prints_every_layout_of_every_size(planned: tuple[str, Path]) -> None:
+    text, _ = planned
+    names = columns(text)
+    assert names[3:5] == ["layout", "imbalance, median"] and "moved, mean" in names
+    assert {"kernels per rank and layer", "planning ms, median", "schedule ms, median"} <= set(names)
+    rows = table(text)
+    layouts = ["contiguous", "zigzag", "per-document zigzag", "balanced"]
+    assert [row[1:4] for row in rows] == [
+        [tokens, ranks, layout] for tokens, ranks in (("32,768", "4"), ("65,536", "8")) for layout in layouts
+    ]
+    for row in rows:
+        assert (row[8] != "-") == (row[3] == "balanced"), "only ours is planned"
+        assert float(row[4]) <= float(row[5])
+
+
+def test_bench_documents_plan_writes_a_csv(planned: tuple[str, Path]) -> None:
+    text, folder = planned
+    rows = read(folder / "outputs/bench/documents.csv")
+    assert [row["part"] for row in rows] == ["plan"] * 8
+    for row, cells in zip(rows, table(text), strict=True):
+        assert f"{float(row['imbalance']):.3f}" == cells[4]
+        assert int(row["kernels"]) > 0 and 0 < float(row["moved_share"]) < 1
+
+
+def test_bench_documents_balanced_is_even(planned: tuple[str, Path]) -> None:
+    uneven = {(row[1], row[3]): float(row[5]) for row in table(planned[0])}
+    for tokens in ("32,768", "65,536"):
+        assert uneven[tokens, "balanced"] <= 1.05 < uneven[tokens, "zigzag"]
+
+
+def test_bench_documents_time_prints_and_writes_every_layout(timed: tuple[str, Path]) -> None:
+    text, folder = timed
+    layouts = ["balanced", "zigzag", "per-document zigzag", "causal ring"]
+    rows = read(folder / "documents.csv")
+    assert [(row["ranks"], row["layout"]) for row in rows] == [(n, layout) for n in "23" for layout in layouts]
+    assert columns(text)[6:] == [
+        *("imbalance", "kernels per rank and layer", "sent", "time", "bound", "over bound", "computing")
+    ]
+    for row, cells in zip(rows, table(text), strict=True):
+        assert cells[11] == f"{float(row['over_bound']):.3f}"
+        assert row["part"] == "time" and row["rounds"] == "2"
+        assert float(row["time_s"]) > 0 and float(row["bound_s"]) > 0
+
+
+def test_bench_documents_causal_ring_sends_all_keys_and_gradients(timed: tuple[str, Path]) -> None:
+    sent = {(row["ranks"], row["layout"]): int(row["sent_bytes"]) for row in read(timed[1] / "documents.csv")}
+    keys = 2 * 2 * 8 * 4  # bytes of a token's k and v: 2 kv heads of 8 in fp32
+    # Keys go N - 1 hops forward and N - 2 back, their gradients N - 1.
+    assert sent["2", "causal ring"] == 768 // 2 * keys * 2
+    assert sent["3", "causal ring"] == 768 // 3 * keys * 5
+
+
+def test_bench_documents_leaves_the_causal_ring_out_above_a_length(tools: ModuleType) -> None:
+    options = ["--seq-lens", "256,512", "--ranks", "2", "--causal-up-to", "256"]
+    arguments = tools.parse([*TINY, *options])
+    assert tools.conditions(arguments).endswith("causal ring left out at 512 tokens (--causal-up-to)")
+    assert [case.layouts[3:] for case in tools.cases_of(arguments, 2)] == [("causal ring",), ()]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "per-document zigzag", "balanced"])
+def test_bench_documents_cut_computes_every_pair_once(tools: ModuleType, layout: str) -> None:
+    from documents_cases import make_cut, num_pairs
+
+    cut = make_cut(layout, LENGTHS, 4)
+    mask = Mask(causal=True, documents=cut.documents)
+    work = [sum(block.num_pairs for theirs in cut.spans for block in blocks(ours, theirs, mask)) for ours in cut.spans]
+    assert sum(work) == num_pairs(LENGTHS)
+    assert cut.imbalance == pytest.approx(max(work) / (sum(work) / 4))
+    packing = cut.packing()
+    assert (packing.imbalance, packing.cost.num_pairs) == (cut.imbalance, sum(work))
+    assert [packing.layout.spans(rank) for rank in range(4)] == cut.spans
+
+
+def test_bench_documents_per_document_zigzag_pads_to_pieces(tools: ModuleType) -> None:
+    from documents_cases import make_cut
+
+    cut = make_cut("per-document zigzag", (5, 8, 3), 2)
+    # 2 x 2 pieces each: 5 tokens as 8, 3 as 4; what fills them up is no document.
+    assert cut.documents.offsets == (0, 5, 8, 16, 19, 20)
+    assert cut.documents.padding == (1, 4)
+    assert cut.spans[0] == [(0, 0, 2), (2, 6, 4), (6, 14, 3), (9, 19, 1)]
+    assert cut.spans[1] == [(0, 2, 4), (4, 10, 4), (8, 17, 2)]
+
+
+def dense_and_cut(rank: int, world: int, layout: str) -> None:
+    """Attention over a pack in this layout is that of one process."""
+    sys.path.insert(0, str(ROOT / "tools"))
+    from documents_clock import batch_of
+    from torch.distributed.device_mesh import init_device_mesh
+
+    plan = ContextParallel(init_device_mesh("cpu", (world,), mesh_dim_names=("ring",)), ulysses=None, layout="balanced")
+    batch = batch_of(plan, layout, (33, 3, 20, 40))
+    documents = batch.packing.documents
+    ids = torch.tensor([documents.of(token) for token in range(documents.length)])[None]
+    inputs = problem(4, 2, length=documents.length)
+    inputs = tuple(x[:1] for x in inputs)
+    expected = single_process(*inputs, ids, None)
+    q, k, v = (x.clone().requires_grad_() for x in batch.shard(*inputs[:3], dim=2))
+    with batch:
+        out = plan.attention(q, k, v, is_causal=True)
+        grads = torch.autograd.grad(out, (q, k, v), batch.shard(inputs[3], dim=2))
+    for actual, wanted in zip((out, *grads), expected, strict=True):
+        assert_matches(batch.unshard(actual.detach(), dim=2), wanted)
+
+
+@pytest.mark.parametrize("layout", ["zigzag", "per-document zigzag"])
+def test_bench_documents_times_exact_attention(pool, layout: str) -> None:
+    pool.run(4, dense_and_cut, layout)
+
+
+def test_bench_documents_long_tail_has_the_tail_it_says(tools: ModuleType) -> None:
+    from documents_cases import MEDIAN, SIGMA, lognormal_pack
+
+    # 0.3 % of documents have more than 64K tokens.
+    assert 0.5 * math.erfc(math.log(65536 / MEDIAN) / SIGMA / math.sqrt(2)) == pytest.approx(0.003, rel=0.02)
+    packs = [lognormal_pack(65536, number) for number in range(200)]
+    assert all(sum(lengths) == 65536 and min(lengths) > 0 for lengths in packs)
+    # Inside a window, past its first and last document, they are as the stream has them, but for those too long.
+    inner = sorted(length for lengths in packs for length in lengths[1:-1])
+    assert inner[len(inner) // 2] == pytest.approx(MEDIAN, rel=0.15)
+    # 15 % of tokens lie in documents of more than 64K, of which a window that begins in one sees the rest.
+    alone = sum(len(lengths) == 1 for lengths in packs)
+    assert 0 < alone < 30
+
+
+def test_bench_documents_refuses_lengths_that_no_zigzag_cuts(
+    tools: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        tools.main(["--time", "--seq-lens", "100", "--ranks", "8"])
+    assert "100 tokens on 8 ranks" in capsys.readouterr().err

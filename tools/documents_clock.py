@@ -1,0 +1,221 @@
+"""How bench_documents times attention over packs: processes of ranks, their clocks, their messages."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import multiprocessing.connection
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from attention_cases import DTYPES
+from bench_attention import received
+from documents_cases import LayoutName, documents_of, make_cut
+from torch.distributed.device_mesh import init_device_mesh
+
+from cptrain.context_parallel import ContextParallel
+from cptrain.context_parallel.carrier import cached_shard_blocks
+from cptrain.context_parallel.kernels import backward_block, choose_kernel, forward_block
+from cptrain.context_parallel.mask import CAUSAL
+from cptrain.context_parallel.packed_batch import PackedBatch
+from cptrain.context_parallel.schedule import Shape
+from cptrain.distributed.transport import recorded_messages
+
+CAUSAL_RING = "causal ring"  # zigzag that ignores documents
+SINGLE = "single"
+
+Run = Callable[[], Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One pack on so many ranks, and the layouts to compare. dtype: of attention_cases.DTYPES."""
+
+    set_name: str
+    lengths: tuple[int, ...]
+    ranks: int
+    layouts: tuple[str, ...]  # of LAYOUTS, or CAUSAL_RING
+    heads: int
+    kv_heads: int
+    dim: int
+    dtype: str
+    kernel: str = "auto"
+    threads: int = 1
+    rounds: int = 3
+
+    @property
+    def seq_len(self) -> int:
+        return sum(self.lengths)
+
+    def tensors(self, tokens: int) -> tuple[torch.Tensor, ...]:
+        """Random q, k, v and the gradient of the output, stored [B, T, H, D] as models do."""
+        generator = torch.Generator().manual_seed(tokens)
+        heads = (self.heads, self.kv_heads, self.kv_heads, self.heads)
+        return tuple(
+            torch.randn(1, tokens, count, self.dim, generator=generator).to(DTYPES[self.dtype]).transpose(1, 2)
+            for count in heads
+        )
+
+
+class Clocks(NamedTuple):
+    """Seconds of one run on one rank. cpu_s: of all threads of the process; thread_s: of the one that computes."""
+
+    wall_s: float
+    cpu_s: float
+    thread_s: float
+
+
+@dataclass
+class Times:
+    """What one rank measured of one layout, or of SINGLE; `clocks` has one entry per round."""
+
+    layout: str
+    route: str = ""
+    blocks: int = 0
+    work: int = 0  # (query, key) pairs
+    sent_bytes: int = 0
+    clocks: list[Clocks] = field(default_factory=list)
+
+
+def case_times(cases: Sequence[Case], ranks: int) -> Iterator[list[Times]]:
+    """What all ranks measured of every case, each rank in a process of its own."""
+    os.environ["OMP_NUM_THREADS"] = str(cases[0].threads)
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        pipes, processes = [], []
+        for rank in range(ranks):
+            here, there = context.Pipe(duplex=False)
+            process = context.Process(target=run_rank, args=(cases, rank, ranks, f"{folder}/store", there), daemon=True)
+            process.start()
+            there.close()
+            pipes.append(here)
+            processes.append(process)
+        try:
+            for _ in cases:
+                times: list[Times] = []
+                waiting = list(pipes)
+                while waiting:
+                    for pipe in multiprocessing.connection.wait(waiting):
+                        times += received(pipe)  # type: ignore[arg-type]
+                        waiting.remove(pipe)  # type: ignore[arg-type]
+                yield times
+            for process in processes:
+                process.join()
+        finally:
+            for process in processes:
+                process.kill()
+
+
+def run_rank(
+    cases: Sequence[Case], rank: int, ranks: int, store: str, pipe: multiprocessing.connection.Connection
+) -> None:
+    """The process of one rank: sends what it measured of every case, or the traceback of what went wrong."""
+    try:
+        torch.set_num_threads(cases[0].threads)
+        dist.init_process_group("gloo", store=dist.FileStore(store, ranks), rank=rank, world_size=ranks)
+        for case in cases:
+            pipe.send(measure(case, rank))
+        dist.destroy_process_group()
+    except Exception:
+        pipe.send(f"rank {rank}: {traceback.format_exc()}")
+
+
+def measure(case: Case, rank: int) -> list[Times]:
+    """Every layout and the single process, taking turns, so that a machine whose speed drifts treats them alike.
+
+    As many ranks as there are cores run the single process at the same time: caches, memory and clock are then as busy
+    as with a layout. A first turn with one head, which is not timed, makes schedules, connections and buffers.
+    """
+    computes_alone = rank < len(os.sched_getaffinity(0))
+    tried = [layout_run(case, layout, rank) for layout in case.layouts]
+    tried.append((Times(SINGLE), single_run(case)))
+    for number in range(-1, case.rounds):
+        for times, run in tried:
+            if times.layout == SINGLE and not computes_alone:
+                dist.barrier()
+                dist.barrier()
+                continue
+            with recorded_messages() as messages:
+                clocks = timed(partial(run, case.heads if number >= 0 else 0))
+            if number >= 0:
+                times.clocks.append(clocks)
+                times.sent_bytes = sum(message.num_bytes for message in messages)
+    return [times for times, _ in tried]
+
+
+def timed(run: Run) -> Clocks:
+    """One run that starts on all ranks at once; the next one starts when all have ended."""
+    dist.barrier()
+    start = time.perf_counter(), time.process_time(), time.thread_time()
+    run()
+    end = time.perf_counter(), time.process_time(), time.thread_time()
+    dist.barrier()
+    return Clocks(*(b - a for a, b in zip(start, end, strict=True)))
+
+
+def single_run(case: Case) -> Callable[[int], None]:
+    """Document after document with the kernel of one device: forward and backward of so many heads, 0 for a group."""
+    tensors = case.tensors(case.seq_len)
+    kernel = choose_kernel("cpu", DTYPES[case.dtype], name=case.kernel)
+    spans = list(documents_of(case.lengths).spans())
+    scale = 1 / math.sqrt(case.dim)
+
+    def run(heads: int) -> None:
+        q, k, v, dout = some_heads(case, tensors, heads)
+        # Gradients go into tensors of the whole pack, as the caller of any attention gets them.
+        out, gradients = torch.empty_like(q), [torch.empty_like(x) for x in (q, k, v)]
+        for start, stop in spans:
+            part, ours, keys, values = (x[:, :, start:stop] for x in (dout, q, k, v))
+            result, lse = forward_block(kernel, ours, keys, values, Shape.LOWER, scale)
+            out[:, :, start:stop] = result
+            found = backward_block(kernel, part, ours, keys, values, result, lse, Shape.LOWER, scale)
+            for whole, gradient in zip(gradients, found, strict=True):
+                whole[:, :, start:stop] = gradient
+
+    return run
+
+
+def some_heads(case: Case, tensors: tuple[torch.Tensor, ...], heads: int) -> tuple[torch.Tensor, ...]:
+    """All heads, or for 0 those of the first kv head."""
+    if heads:
+        return tensors
+    counts = (case.heads // case.kv_heads, 1, 1, case.heads // case.kv_heads)
+    return tuple(x[:, :count] for x, count in zip(tensors, counts, strict=True))
+
+
+def layout_run(case: Case, layout: str, rank: int) -> tuple[Times, Callable[[int], None]]:
+    """What is known of a layout on this rank, and its forward and backward pass."""
+    mesh = init_device_mesh("cpu", (case.ranks,), mesh_dim_names=("ring",))
+    if layout == CAUSAL_RING:
+        plan = ContextParallel(mesh, ulysses=None, kernel=case.kernel)
+        cut, mask, batch, route = plan.ring_layout(case.seq_len), CAUSAL, None, "ring"
+        tokens = case.seq_len // case.ranks
+    else:
+        plan = ContextParallel(mesh, ulysses=None, layout="balanced", kernel=case.kernel)
+        batch = batch_of(plan, layout, case.lengths)  # type: ignore[arg-type]
+        cut, mask, tokens = batch.packing.layout, batch.packing.mask(), batch.packing.layout.shard_length
+        route = "exchange" if batch.packing.exchange_is_cheaper() else "ring"
+    found = [block for source in range(case.ranks) for block in cached_shard_blocks(cut, mask, rank, source)]
+    tensors = case.tensors(tokens)
+
+    def run(heads: int) -> None:
+        q, k, v, dout = some_heads(case, tensors, heads)
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        with batch or nullcontext():
+            torch.autograd.grad(plan.attention(*leaves, is_causal=True), leaves, dout)
+
+    return Times(layout, route, len(found), sum(block.num_pairs for block in found)), run
+
+
+def batch_of(plan: ContextParallel, layout: LayoutName, lengths: Sequence[int]) -> PackedBatch:
+    """A pack in any layout under a plan for packed documents: attention reads the chunks, never the name."""
+    return plan.packed(make_cut(layout, lengths, plan.ring_degree).packing().encode())
