@@ -45,20 +45,39 @@ SMALLER = {
 LIBRARY = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
-def run_library_example(rank: int, world: int, code: str) -> tuple[float, dict[str, list[float]]]:
-    """The README's lines with a model and tokens given, as a user has them: the loss of all ranks, and gradients."""
-    model = small_model()
-    names: dict[str, Any] = {"model": model, "tokens": torch.arange(2 * 32).view(2, 32) % 20}
+def run_library_example(rank: int, world: int, code: str, then: str = "") -> tuple[float, dict[str, list[float]]]:
+    """The README's lines with a model and tokens given, as a user has them: the loss of all ranks, and gradients.
+
+    then: lines that go on from there, with the tokens, labels and ids of packed documents.
+    """
+    model, tokens = small_model(), torch.arange(2 * 32).view(2, 32) % 20
+    names: dict[str, Any] = {"model": model, "tokens": tokens}
     exec(code, names)
+    if then:
+        model.zero_grad()
+        labels = torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=-100)
+        ids = torch.tensor([[0] * 20 + [1] * 12, [0] * 3 + [1] * 9 + [-1] * 20])
+        names |= {"tokens": tokens, "labels": labels.masked_fill(ids < 0, -100), "document_ids": ids}
+        names |= {"positions": torch.arange(32).expand(2, -1), "num_tokens": (labels != -100).sum()}
+        exec(then, names)
+        for parameter in model.parameters():
+            dist.all_reduce(parameter.grad)
     total = names["loss"].detach().clone()
     dist.all_reduce(total)
     return total.item(), {name: p.grad.flatten().tolist() for name, p in model.named_parameters()}
 
 
 def test_readme_lines_put_context_parallel_into_a_loop(pool):
-    (code,) = LIBRARY
+    code, _ = LIBRARY
     assert len([line for line in code.splitlines() if line and "import" not in line]) <= 13
     one, two = pool.run(1, run_library_example, code)[0], pool.run(2, run_library_example, code)[1]
+    assert two[0] == pytest.approx(one[0], abs=1e-10)
+    for name, grad in one[1].items():
+        assert two[1][name] == pytest.approx(grad, abs=1e-10), name
+
+
+def test_readme_lines_pack_documents(pool):
+    one, two = (pool.run(world, run_library_example, *LIBRARY)[0] for world in (1, 2))
     assert two[0] == pytest.approx(one[0], abs=1e-10)
     for name, grad in one[1].items():
         assert two[1][name] == pytest.approx(grad, abs=1e-10), name

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from cptrain.context_parallel.carrier import Gradients, Piece, accumulator_dtype, add, cached_whole_blocks, new_heads
+from cptrain.context_parallel.carrier import Computes, Piece, accumulator_dtype, cached_whole_blocks, new_heads
 from cptrain.context_parallel.layout import Layout
 from cptrain.context_parallel.mask import Mask
 from cptrain.distributed.transport import Gathering, group_rank
@@ -34,7 +34,7 @@ class AllGather:
         return k.new_empty(0)
 
     def backward(
-        self, k: torch.Tensor, v: torch.Tensor, kept: torch.Tensor, compute: Callable[[Piece], Gradients]
+        self, k: torch.Tensor, v: torch.Tensor, kept: torch.Tensor, compute: Computes
     ) -> tuple[torch.Tensor, torch.Tensor]:
         wide = accumulator_dtype(k.dtype)
         total = new_heads(k, wide), new_heads(v, wide)
@@ -42,7 +42,7 @@ class AllGather:
 
         def visit(piece: Piece) -> None:
             whole = new_heads(piece.keys, wide).zero_(), new_heads(piece.values, wide).zero_()
-            add(whole, compute(piece))
+            compute(piece, whole)
             both = torch.cat(whole, -1).index_select(2, permutation)  # [B, 1, S, Dk + Dv] in sharded order
             parts = both.unflatten(2, (self._layout.num_ranks, -1)).movedim(2, 0).contiguous()
             own = self._gathering.reduce_scatter(parts)

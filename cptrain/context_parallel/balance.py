@@ -149,25 +149,31 @@ class _Hand:
     def __init__(self, slots: list[int]) -> None:
         self.work = 0
         self.free = slots  # by row
-        self.parts: dict[int, list[Part]] = {}  # by document, of those in several chunks
+        self.num_free = sum(slots)
+        self.reach: dict[int, int] = {}  # by document, of those in several chunks: where the last part here begins
+        self.parts: dict[int, list[Part]] = {}
 
-    @property
-    def num_free(self) -> int:
-        return sum(self.free)
+    def take(self, work: int, row: int, spread: Sequence[Part]) -> None:
+        """Add a chunk of a row, whose parts of documents in several chunks are `spread`."""
+        self.work += work
+        self.free[row] -= 1
+        self.num_free -= 1
+        for part in spread:
+            self.parts.setdefault(part.document, []).append(part)
+            self.reach[part.document] = max(self.reach.get(part.document, 0), part.begin)
 
     def extra_keys(self, chunk: Sequence[Part]) -> int:
         """How many more keys this rank receives if it takes the chunk; negative where it needs them already."""
         extra = 0
         for part in chunk:
-            held = self.parts.get(part.document)
-            if held is None:
+            reach = self.reach.get(part.document)
+            if reach is None:
                 extra += part.begin
-                continue
-            reach = max(other.begin for other in held)
-            if reach > part.begin:
+            elif reach > part.begin:
                 extra -= part.end - part.begin
             else:
-                extra += part.begin - reach - sum(o.end - o.begin for o in held if o.begin >= reach)
+                last = self.parts[part.document]
+                extra += part.begin - reach - sum(o.end - o.begin for o in last if o.begin >= reach)
         return extra
 
 
@@ -183,7 +189,7 @@ def _deal(parts: list[list[Part]], work: list[int], documents: Documents, num_ra
     lightest = [0]  # work of the i lightest chunks
     for chunk in reversed(order):
         lightest.append(lightest[-1] + work[chunk])
-    hands = [_Hand([slots] * num_rows) for _ in range(num_ranks)]
+    hands, num_slots = [_Hand([slots] * num_rows) for _ in range(num_ranks)], slots * num_rows
     reserved = 0  # slots that ranks which hold something have still to fill
     owners = [0] * num_chunks
     for dealt, chunk in enumerate(order, start=1):
@@ -193,18 +199,15 @@ def _deal(parts: list[list[Part]], work: list[int], documents: Documents, num_ra
                 continue
             free = hand.num_free
             # The lightest chunks left over fill the slots of all ranks that hold something, this one's among them.
-            fillers = min(num_chunks - dealt, reserved - 1 if hand.parts or hand.work else reserved + free - 1)
+            fillers = min(num_chunks - dealt, reserved - 1 if free < num_slots else reserved + free - 1)
             filled = hand.work + work[chunk] + (free - 1) * (lightest[fillers] / fillers if fillers else 0.0)
             cost = (max(0.0, filled - share * (1 + SLACK)), hand.extra_keys(spread[chunk]), hand.work)
             if best is None or cost < best:
                 best, choice = cost, rank
         hand = hands[choice]
-        reserved += -1 if hand.parts or hand.work else hand.num_free - 1
+        reserved += -1 if hand.num_free < num_slots else num_slots - 1
         owners[chunk] = choice
-        hand.work += work[chunk]
-        hand.free[row] -= 1
-        for part in spread[chunk]:
-            hand.parts.setdefault(part.document, []).append(part)
+        hand.take(work[chunk], row, spread[chunk])
     _swap(owners, work, num_ranks, per_row)
     return owners
 

@@ -28,7 +28,15 @@ class Piece(NamedTuple):
     first_head: int = 0  # of the rank's kv heads, the first one in this piece
 
 
+Sums = tuple[torch.Tensor, torch.Tensor]  # of dk and dv, in fp32 (fp64)
 Gradients = list[tuple[slice, torch.Tensor, torch.Tensor]]  # of keys [start, stop) of a piece: dk, dv
+
+
+class Computes(Protocol):
+    """What the backward pass does with a piece."""
+
+    def __call__(self, piece: Piece, into: Sums | None = None) -> Gradients:
+        """The gradients of the piece's keys; or none, where they were added to the sums that it is given instead."""
 
 
 class Carrier(Protocol):
@@ -38,7 +46,7 @@ class Carrier(Protocol):
         """Have every piece computed that a query here sees; returns what backward starts from (may be empty)."""
 
     def backward(
-        self, k: torch.Tensor, v: torch.Tensor, kept: torch.Tensor, compute: Callable[[Piece], Gradients]
+        self, k: torch.Tensor, v: torch.Tensor, kept: torch.Tensor, compute: Computes
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """dk and dv of this rank's own k and v, summed over all ranks in fp32 (fp64), from every piece's gradients."""
 
@@ -99,7 +107,7 @@ class Alone:
         return k.new_empty(0)
 
     def backward(
-        self, k: torch.Tensor, v: torch.Tensor, kept: torch.Tensor, compute: Callable[[Piece], Gradients]
+        self, k: torch.Tensor, v: torch.Tensor, kept: torch.Tensor, compute: Computes
     ) -> tuple[torch.Tensor, torch.Tensor]:
         gradients = compute(Piece(k, v, self._blocks))
         if len(gradients) == 1:

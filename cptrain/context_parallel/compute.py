@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from cptrain.context_parallel.carrier import Gradients, Piece, accumulator_dtype, new_heads
+from cptrain.context_parallel.carrier import Gradients, Piece, Sums, accumulator_dtype, new_heads
 from cptrain.context_parallel.kernels import Kernel, backward_launch, forward_launch, merge, packs
 from cptrain.context_parallel.launches import Launch, Ranges, accumulate, one_range, plan_launches, put, take
 from cptrain.context_parallel.schedule import Shape
@@ -57,14 +57,14 @@ class Backward:
         self._group = tensors[1].size(1) // num_kv_heads
         self._dqs: dict[int, torch.Tensor] = {}
 
-    def __call__(self, piece: Piece) -> Gradients:
+    def __call__(self, piece: Piece, into: Sums | None = None) -> Gradients:
         heads = _heads(piece, self._group)
         dout, q, out, lse = (x[:, heads] for x in self._tensors)
         launches = plan_launches(piece.blocks, packs=packs(self._kernel, q))
         wide = accumulator_dtype(q.dtype)
         gradients: Gradients = []
-        sums = None
-        if len(launches) > MOST_LAUNCHES or any(len(launch.blocks) > 1 for launch in launches):
+        sums = into
+        if sums is None and (len(launches) > MOST_LAUNCHES or any(len(launch.blocks) > 1 for launch in launches)):
             sums = new_heads(piece.keys, wide).zero_(), new_heads(piece.values, wide).zero_()
         for launch in launches:
             rows = _rows(launch, q, self._causal)
@@ -82,7 +82,7 @@ class Backward:
             else:
                 accumulate(sums[0], launch.columns, dk)
                 accumulate(sums[1], launch.columns, dv)
-        return gradients if sums is None else [(slice(None), *sums)]
+        return gradients if sums is None or sums is into else [(slice(None), *sums)]
 
     def dq(self) -> torch.Tensor:
         """[B, H, T, D] in the dtype of q; 0 for queries that see nothing."""

@@ -13,13 +13,11 @@ from functools import lru_cache
 import torch
 
 from cptrain.context_parallel.carrier import (
-    Gradients,
+    Computes,
     Piece,
     accumulator_dtype,
-    add,
     cached_shard_blocks,
     new_heads,
-    pack,
     unpack,
 )
 from cptrain.context_parallel.layout import Layout
@@ -75,7 +73,7 @@ class Exchange:
         return k.new_empty(0)
 
     def backward(
-        self, k: torch.Tensor, v: torch.Tensor, kept: torch.Tensor, compute: Callable[[Piece], Gradients]
+        self, k: torch.Tensor, v: torch.Tensor, kept: torch.Tensor, compute: Computes
     ) -> tuple[torch.Tensor, torch.Tensor]:
         wide = accumulator_dtype(k.dtype)
         total = new_heads(k, wide).zero_(), new_heads(v, wide).zero_()
@@ -89,14 +87,14 @@ class Exchange:
 
         def visit(piece: Piece, hop: int) -> None:
             nonlocal homecoming
-            gradients = compute(piece)
             if hop == 0:
-                add(total, gradients)
+                compute(piece, total)
                 return
-            here = new_heads(piece.keys, wide).zero_(), new_heads(piece.values, wide).zero_()
-            add(here, gradients)
+            shapes = piece.keys.shape, piece.values.shape
+            message = torch.zeros(sum(shape.numel() for shape in shapes), dtype=wide, device=k.device)
+            compute(piece, unpack(message, *shapes))
             take_home()
-            homecoming = self._send_back(hop, here, k, v)
+            homecoming = self._send_back(hop, message, k, v)
 
         self._visit(k, v, visit)
         take_home()
@@ -124,21 +122,29 @@ class Exchange:
         receive = k.new_empty(sum(shape.numel() for shape in incoming))
         send = None
         if outgoing:
-            keys, values = (torch.cat([x[:, :, slice(*span)] for span in outgoing], 2) for x in (k, v))
-            send = pack(keys, values)
+            send = self._packed(outgoing, k, v)
         self._messenger.post(send=send, to=reader, receive=receive if receive.numel() else None, source=source)
         return receive
 
-    def _send_back(
-        self, hop: int, here: tuple[torch.Tensor, torch.Tensor], k: torch.Tensor, v: torch.Tensor
-    ) -> tuple[int, torch.Tensor]:
+    def _send_back(self, hop: int, message: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[int, torch.Tensor]:
         """Start sending the gradients of a hop's keys to their owner; returns who sends own ones, and into what."""
         reader, source = (self._rank + hop) % self._size, (self._rank - hop) % self._size
         shapes = self._shapes(needed_keys(self._layout, self._mask, reader, self._rank), k, v)
-        receive = torch.empty(sum(s.numel() for s in shapes), dtype=here[0].dtype, device=k.device)
-        send = pack(*here) if here[0].numel() else None
+        receive = torch.empty(sum(s.numel() for s in shapes), dtype=message.dtype, device=k.device)
+        send = message if message.numel() else None
         self._grad_messenger.post(send=send, to=source, receive=receive if receive.numel() else None, source=reader)
         return reader, receive
+
+    def _packed(self, ranges: tuple[tuple[int, int], ...], k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Keys and values of these ranges, one behind the other, as one flat message."""
+        shapes = self._shapes(ranges, k, v)
+        message = k.new_empty(sum(shape.numel() for shape in shapes))
+        for x, part in zip((k, v), unpack(message, *shapes), strict=True):
+            before = 0
+            for start, stop in ranges:
+                part[:, :, before : before + stop - start] = x[:, :, start:stop]
+                before += stop - start
+        return message
 
     @staticmethod
     def _shapes(ranges: tuple[tuple[int, int], ...], k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Size, ...]:

@@ -26,7 +26,7 @@ from collections.abc import Callable
 import torch
 
 from cptrain.context_parallel.carrier import (
-    Gradients,
+    Computes,
     Piece,
     accumulator_dtype,
     add,
@@ -139,7 +139,7 @@ class Ring:
         return held
 
     def backward(
-        self, k: torch.Tensor, v: torch.Tensor, kept: torch.Tensor, compute: Callable[[Piece], Gradients]
+        self, k: torch.Tensor, v: torch.Tensor, kept: torch.Tensor, compute: Computes
     ) -> tuple[torch.Tensor, torch.Tensor]:
         start = held = kept
         buffers = _Buffers(kept)
