@@ -14,7 +14,6 @@ from test_packed import make_plan as make_balanced_plan
 
 from cptrain.context_parallel.layout import make_layout
 from cptrain.context_parallel.mask import CAUSAL, FULL, Documents, Mask
-from cptrain.context_parallel.selfcheck import place
 from cptrain.context_parallel.traffic import Call, attention_traffic, num_bytes
 from cptrain.distributed.transport import Message, recorded_messages
 
@@ -42,7 +41,7 @@ def mismatches(rank: int, world: int, options: dict) -> list[str]:
                 call(dtype),
                 mask,
                 plan.ring_layout(length),
-                ring_rank=place(plan, "ring"),
+                ring_rank=plan.ring_rank,
                 gathers=plan.method == "all_gather",
                 ulysses_degree=plan.ulysses_degree,
             )
@@ -78,7 +77,7 @@ def mismatches_of_packs(rank: int, world: int, options: dict) -> list[str]:
                 call(dtype),
                 packing.mask(window),
                 packing.layout,
-                ring_rank=place(plan, "ring"),
+                ring_rank=plan.ring_rank,
                 gathers=plan.method == "all_gather",
                 exchanges=not moved,
                 ulysses_degree=plan.ulysses_degree,

@@ -37,7 +37,7 @@ from documents_clock import CAUSAL_RING, SINGLE, Case, case_times
 from documents_report import PLAN_HEADER, TIME_HEADER, Planned, Timed, combine, write_csv
 
 from cptrain.context_parallel.carrier import cached_shard_blocks
-from cptrain.context_parallel.exchange import distances, num_needed_keys
+from cptrain.context_parallel.exchange import hops_of
 from cptrain.context_parallel.packing import Packing
 
 KERNEL_PACKS = 4  # of which --plan counts the kernels
@@ -166,13 +166,13 @@ def planned_cut(lengths: list[int], ranks: int) -> tuple[Cut, float, float]:
 
 def schedule(packing: Packing) -> None:
     """What a rank works out at its first attention over a batch: the one with the last place, as good as any."""
-    for cached in (cached_shard_blocks, distances, num_needed_keys):
+    for cached in (cached_shard_blocks, hops_of):
         cached.cache_clear()
-    layout, mask = packing.layout, packing.mask()
+    layout, mask, rank = packing.layout, packing.mask(), packing.layout.num_ranks - 1
     if packing.exchange_is_cheaper():
-        distances(layout, mask)
+        hops_of(layout, mask, rank)
     for source in range(layout.num_ranks):
-        cached_shard_blocks(layout, mask, layout.num_ranks - 1, source)
+        cached_shard_blocks(layout, mask, rank, source)
 
 
 def cases_of(arguments: argparse.Namespace, ranks: int) -> list[Case]:

@@ -128,7 +128,7 @@ FAULTS = (
         "unpermuted-gather",
         "gathered keys stay in the order of the ranks",
         "all_gather.py",
-        "both = parts.movedim(0, 2).flatten(2, 3).index_select(2, inverse)",
+        "both = self._reordered(parts.movedim(0, 2).flatten(2, 3), to_sequence)",
         "both = parts.movedim(0, 2).flatten(2, 3)",
     ),
     Fault(
@@ -156,8 +156,8 @@ FAULTS = (
         "wrong-owner",
         "a rank cuts tensors as the next one should",
         "packed_batch.py",
-        "index = self._pieces()[self.plan._place()]",
-        "index = self._pieces()[self.plan._place() - 1]",
+        "return self.packing.positions_of(plan.ring_rank)",
+        "return self.packing.positions_of(plan.ring_rank - 1)",
     ),
     Fault(
         "overwritten-rows",

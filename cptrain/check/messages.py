@@ -7,7 +7,6 @@ from collections import Counter
 
 from cptrain.check.toy import Batch, ToyTrainer
 from cptrain.context_parallel.finding import Finding
-from cptrain.context_parallel.selfcheck import place
 from cptrain.context_parallel.traffic import Call, Traffic, attention_traffic, num_bytes
 from cptrain.distributed.transport import recorded_messages
 from cptrain.train.batch import Shard
@@ -53,7 +52,7 @@ def _expected(trainer: ToyTrainer, batch: Batch, shard: Shard) -> tuple[Traffic,
             call,
             mask,
             packing.layout if packing else plan.ring_layout(trainer.stage.training.seq_len),
-            ring_rank=place(plan, "ring"),
+            ring_rank=plan.ring_rank,
             gathers=plan.method == "all_gather",
             exchanges=packing is not None and packing.exchange_is_cheaper(plan.ring_inner_degree),
             ulysses_degree=plan.ulysses_degree,

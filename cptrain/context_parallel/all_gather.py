@@ -8,6 +8,7 @@ Source: Llama 3 (arXiv:2407.21783 section 3.3.2).
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 import torch.distributed as dist
@@ -38,12 +39,12 @@ class AllGather:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         wide = accumulator_dtype(k.dtype)
         total = new_heads(k, wide), new_heads(v, wide)
-        permutation = self._layout.permutation().to(k.device)
+        to_shards, _ = _chunk_orders(self._layout, k.device)
 
         def visit(piece: Piece) -> None:
             whole = new_heads(piece.keys, wide).zero_(), new_heads(piece.values, wide).zero_()
             compute(piece, whole)
-            both = torch.cat(whole, -1).index_select(2, permutation)  # [B, 1, S, Dk + Dv] in sharded order
+            both = self._reordered(torch.cat(whole, -1), to_shards)  # [B, 1, S, Dk + Dv] in sharded order
             parts = both.unflatten(2, (self._layout.num_ranks, -1)).movedim(2, 0).contiguous()
             own = self._gathering.reduce_scatter(parts)
             for x, part in zip(total, own.split([k.size(-1), v.size(-1)], -1), strict=True):
@@ -54,7 +55,7 @@ class AllGather:
 
     def _visit(self, k: torch.Tensor, v: torch.Tensor, visit: Callable[[Piece], None]) -> None:
         """One head after another, the next always under way."""
-        inverse = self._layout.inverse().to(k.device)
+        _, to_sequence = _chunk_orders(self._layout, k.device)
         under_way = self._post(k, v, 0)
         for head in range(k.size(1)):
             parts, work = under_way
@@ -63,9 +64,20 @@ class AllGather:
             if head + 1 < k.size(1):
                 under_way = self._post(k, v, head + 1)
             # [N, B, 1, T, D] -> [B, 1, N * T, D], then from sharded to global order
-            both = parts.movedim(0, 2).flatten(2, 3).index_select(2, inverse)
+            both = self._reordered(parts.movedim(0, 2).flatten(2, 3), to_sequence)
             keys, values = both.split([k.size(-1), v.size(-1)], -1)
             visit(Piece(keys, values, self._blocks, first_head=head))
 
     def _post(self, k: torch.Tensor, v: torch.Tensor, head: int) -> tuple[torch.Tensor, dist.Work | None]:
         return self._gathering.post(torch.cat((k[:, head : head + 1], v[:, head : head + 1]), -1))
+
+    def _reordered(self, x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+        """x [B, h, S, D] with its chunks in this order."""
+        return x.unflatten(2, (-1, self._layout.chunk_size)).index_select(2, order).flatten(2, 3)
+
+
+@lru_cache(maxsize=16)
+def _chunk_orders(layout: Layout, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices that put chunks from global into sharded order, and back; copied to the device once per layout."""
+    order = torch.tensor([chunk for shard in layout.chunks for chunk in shard])
+    return order.to(device), torch.argsort(order).to(device)

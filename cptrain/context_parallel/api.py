@@ -100,6 +100,16 @@ class ContextParallel:
         """Ranks that share one sequence."""
         return self.ring_degree * self.ulysses_degree
 
+    @property
+    def ring_rank(self) -> int:
+        """This rank's place on the ring; 0 where the plan has none."""
+        return self.mesh.get_local_rank(self.ring) if self.ring in self._axes else 0
+
+    @property
+    def ulysses_rank(self) -> int:
+        """This rank's place on the ulysses axis; 0 where the plan has none."""
+        return self.mesh.get_local_rank(self.ulysses) if self.ulysses in self._axes else 0
+
     def shard(self, *tensors: torch.Tensor, dim: int = 1, as_dtensor: bool = False) -> Any:
         """This rank's part of each global tensor, all cut along `dim` by the same permutation; one tensor, or a tuple.
 

@@ -2,7 +2,8 @@
 
 At hop i a rank sends to the i-th rank after it the keys that some query there sees, and receives likewise; gradients go
 straight back and are summed by the owner in fp32. Which keys these are follows from layout and mask alone, so every
-rank knows without asking; a hop at which nobody needs anything is not made.
+rank knows without asking. All go through the hops in the same order and leave out those that move nothing for them:
+what two ranks exchange belongs to one hop of both, so neither waits for one that the other has left out.
 """
 
 from __future__ import annotations
@@ -45,13 +46,13 @@ def num_needed_keys(layout: Layout, mask: Mask) -> int:
 
 
 @lru_cache(maxsize=256)
-def distances(layout: Layout, mask: Mask) -> tuple[int, ...]:
-    """The hops that some rank needs keys from, ascending."""
+def hops_of(layout: Layout, mask: Mask, rank: int) -> tuple[int, ...]:
+    """The hops at which this rank sends or receives keys, ascending: a matter of its own peers, not of all pairs."""
     size = layout.num_ranks
     return tuple(
         hop
         for hop in range(1, size)
-        if any(needed_keys(layout, mask, rank, (rank - hop) % size) for rank in range(size))
+        if needed_keys(layout, mask, rank, (rank - hop) % size) or needed_keys(layout, mask, (rank + hop) % size, rank)
     )
 
 
@@ -63,7 +64,7 @@ class Exchange:
         self._size, self._rank = group_size(group), group_rank(group)
         self._messenger = Messenger(group, overlap=overlap)
         self._grad_messenger = Messenger(grad_group, overlap=overlap)
-        self._hops = distances(layout, mask)
+        self._hops = hops_of(layout, mask, self._rank)
 
     def kept_numel(self, k: torch.Tensor, v: torch.Tensor) -> int:
         return 0

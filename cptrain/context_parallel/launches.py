@@ -117,6 +117,6 @@ def _offsets(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=256)  # on the device, of up to as many tokens as a rank holds
 def _index(ranges: Ranges, device: torch.device) -> torch.Tensor:
     return torch.cat([torch.arange(start, stop) for start, stop in ranges]).to(device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,8 +51,7 @@ class PackedBatch:
         parts = []
         for x in tensors:
             self._check_shape(x.size(0), x.size(dim), x, dim)
-            index = self._pieces()[self.plan._place()]  # [B, T]
-            part = _taken(x, index, dim)
+            part = _taken(x, self._index, dim)
             parts.append(self.plan._as_dtensor(part, dim) if as_dtensor else part)
         return parts[0] if len(parts) == 1 else tuple(parts)
 
@@ -59,7 +59,9 @@ class PackedBatch:
         """The global tensor in global order, on every rank: the inverse of `shard`. Differentiable."""
         whole = self.plan._gathered(x, dim)
         self._check_shape(whole.size(0), whole.size(dim), whole, dim)
-        return _taken(whole, torch.argsort(self._pieces().transpose(0, 1).flatten(1), dim=1), dim)
+        ring = torch.stack([self.packing.positions_of(rank) for rank in range(self.plan.ring_degree)])
+        pieces = self.plan._pieces_of(ring)  # [degree, B, T], ranks in the order of the mesh
+        return _taken(whole, torch.argsort(pieces.transpose(0, 1).flatten(1), dim=1), dim)
 
     def __enter__(self) -> PackedBatch:
         plan, packing = self.plan, self.packing
@@ -74,9 +76,11 @@ class PackedBatch:
     def __exit__(self, *_: object) -> None:
         self.plan._entered.leave()
 
-    def _pieces(self) -> torch.Tensor:
-        """Place in its row of every rank's tokens, ranks in the order of the mesh: [degree, B, T]."""
-        return self.plan._pieces_of(self.packing.positions())
+    @cached_property
+    def _index(self) -> torch.Tensor:
+        """Place in its row of every token of this rank: [B, T]."""
+        plan = self.plan
+        return self.packing.positions_of(plan.ring_rank).unflatten(1, (plan.ulysses_degree, -1))[:, plan.ulysses_rank]
 
     def _check_shape(self, rows: int, length: int, x: torch.Tensor, dim: int) -> None:
         if (rows, length) != (self.packing.num_rows, self.packing.row_length):

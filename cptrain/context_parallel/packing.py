@@ -89,10 +89,11 @@ class Packing:
         """What queries of this batch see, with a sliding window or without."""
         return Mask(causal=True, window=window, documents=self.documents)
 
-    def positions(self) -> torch.Tensor:
-        """Place in its row of every token that each rank of the ring holds: [ranks, rows, tokens], int64."""
-        shards = self.layout.permutation().view(self.layout.num_ranks, self.num_rows, -1)
-        return shards % self.row_length
+    def positions_of(self, rank: int) -> torch.Tensor:
+        """Place in its row of every token that a rank of the ring holds: [rows, tokens], int64."""
+        starts = torch.tensor(self.layout.chunks[rank]) * self.layout.chunk_size
+        stream = starts[:, None] + torch.arange(self.layout.chunk_size)
+        return stream.view(self.num_rows, -1) % self.row_length
 
     def encode(self) -> torch.Tensor:
         """The packing as int64 [a power of two], on the CPU; `decode` gives it back."""

@@ -207,9 +207,9 @@ def check_positions(cut: Cut) -> Finding:
     plan, device = cut.plan, torch.device(cut.plan.mesh.device_type)
     every = torch.arange(cut.layout.length, device=device).view(cut.rows, cut.length)
     mine, again = cut.shard(every, every, dim=1)
-    spans = cut.layout.spans(place(plan, "ring"))
+    spans = cut.layout.spans(plan.ring_rank)
     shard = torch.cat([torch.arange(span.start, span.start + span.length, device=device) for span in spans])
-    expected = shard.view(cut.rows, plan.ulysses_degree, -1)[:, place(plan, "ulysses")]
+    expected = shard.view(cut.rows, plan.ulysses_degree, -1)[:, plan.ulysses_rank]
     differences = (mine - expected, again - expected, cut.unshard(mine, dim=1) - every)
     return Finding(
         name="positions of each rank's tokens",
@@ -300,12 +300,6 @@ def scaled(mask: Mask, *, length: int, to: int) -> Mask:
     if not mask.window or length == to:
         return mask
     return replace(mask, window=max(min(2, mask.window), round(mask.window * to / length)))
-
-
-def place(plan: ContextParallel, kind: str) -> int:
-    """This rank's place on the plan's ring or ulysses axis; 0 where the plan does not use it."""
-    axis, degree = (plan.ring, plan.ring_degree) if kind == "ring" else (plan.ulysses, plan.ulysses_degree)
-    return plan.mesh.get_local_rank(axis) if axis and degree > 1 else 0
 
 
 def describe_mask(mask: Mask) -> str:
