@@ -124,6 +124,7 @@ def sharded(cp: ContextParallel, q, k, v, dout, ids: torch.Tensor, window_size: 
 def check_every_pack(rank: int, world: int, options: dict[str, Any]) -> None:
     plan, length = make_plan(**options), 2 * CHUNK * 2 * world
     rows = [(name, PACKS[number - 1]) for number, name in enumerate(PACKS)]
+    rows = rows[:: 1 if world < 8 else 2]  # eight ranks take turns on few cores
     for ((heads, kv_heads), window_size), names in itertools.product(
         zip(HEADS.values(), (None, 5, None), strict=True), rows
     ):
@@ -204,10 +205,15 @@ def packed_model(
 
 
 WAYS = [("selective", False), ("full", False), ("selective", True), ("full", True)]
+WAYS_OF_METHODS = [
+    *(("ring", *way) for way in WAYS),
+    ("ulysses", *WAYS[2]),
+    ("ulysses", *WAYS[1]),
+    ("all-gather", *WAYS[3]),
+]
 
 
-@pytest.mark.parametrize(("mode", "compiled"), WAYS, ids=lambda value: str(value))
-@pytest.mark.parametrize("name", ["ring", "ulysses", "all-gather"])
+@pytest.mark.parametrize(("name", "mode", "compiled"), WAYS_OF_METHODS, ids=lambda value: str(value))
 def test_packed_model_equals_one_rank_and_repeats_no_message_unless_all_is_recomputed(pool, name, mode, compiled):
     plain, _ = pool.run(2, packed_model, PLANS[2][name], "none", False)[0]
     counts, graphs = pool.run(2, packed_model, PLANS[2][name], mode, compiled)[0]
