@@ -8,6 +8,7 @@ import random
 import pytest
 import torch
 
+from cptrain.context_parallel import balance
 from cptrain.context_parallel.balance import choose_chunk_size, chunk_parts, deal, num_moved, owners_of, work_of
 from cptrain.context_parallel.layout import contiguous, zigzag
 from cptrain.context_parallel.mask import Documents, Mask
@@ -59,6 +60,32 @@ def test_balance_deals_as_many_tokens_of_each_row_to_every_rank(num_rows, window
             assert torch.bincount(shard, minlength=num_rows).tolist() == [24] * num_rows
 
 
+def test_balance_with_a_window_evens_out_the_pairs_inside_of_it():
+    # Without the window, the long document's end would seem as much work as all of the short ones.
+    documents = Documents((0, 32768, *range(32768 + 64, 65536 + 1, 64)))
+    seen = Packer(8, window=512)(documents, 1)
+    blind = Packer(8)(documents, 1).layout
+    as_blind = pack(documents, num_ranks=8, num_rows=1, chunk_size=blind.chunk_size, window=512, layout=blind)
+    assert seen.imbalance <= 1.05 < as_blind.imbalance
+
+
+def test_balance_swaps_chunks_of_one_row_only(monkeypatch):
+    monkeypatch.setattr(balance, "LIMIT", 1.0)  # so that there is always something to even out
+    monkeypatch.setattr(balance, "SLACK", 0.5)
+    for seed in range(20):
+        documents = several(3, 96, seed, median=15)
+        layout = deal(documents, num_ranks=4, num_rows=3, chunk_size=4)
+        rows = layout.permutation().view(4, -1) // 96
+        assert all(torch.bincount(shard, minlength=3).tolist() == [24] * 3 for shard in rows)
+
+
+def test_balance_leaves_room_for_the_lightest_chunks_while_dealing(monkeypatch):
+    monkeypatch.setattr(balance, "_swap", lambda *_: None)  # which would even out what dealing does not
+    monkeypatch.setattr(balance, "_zigzag", lambda *_: None)
+    shares = [Packer(8)(long_tail(65536, seed), 1).imbalance for seed in range(8)]
+    assert sum(shares) / len(shares) <= 1.05
+
+
 def test_balance_of_one_document_is_zigzag():
     layout = deal(Documents((0, 512)), num_ranks=4, num_rows=1, chunk_size=16)
     assert torch.equal(layout.permutation(), zigzag(4, 512).permutation())
@@ -89,6 +116,9 @@ def test_balance_counts_work_and_travelling_keys_as_schedules_do(window):
         for rank in range(num_ranks):
             pairs = sum(block.num_pairs for source in range(num_ranks) for block in blocks[rank, source])
             assert pairs == sum(work_of(parts, window)[chunk] for chunk in layout.chunks[rank])
+        cost = pack(documents, num_ranks=num_ranks, num_rows=2, chunk_size=6, window=window, layout=layout).cost
+        loads = [sum(b.num_pairs for s in range(num_ranks) for b in blocks[r, s]) for r in range(num_ranks)]
+        assert (cost.num_pairs, cost.largest_work) == (sum(loads), max(loads))
         for inner_degree in (1, 2):
             travelling = sum(
                 stop - start
@@ -114,7 +144,9 @@ def test_balance_chooses_chunks_of_about_a_sixteenth(shard_length, expected):
     assert choose_chunk_size(shard_length) == expected
 
 
-@pytest.mark.parametrize(("wanted", "ways_out"), [(100, "64 or 128"), (0, "1 or 2"), (5000, "512 or 1024")])
+@pytest.mark.parametrize(
+    ("wanted", "ways_out"), [(100, "64 or 128"), (0, "8 or 16"), (4, "8 or 16"), (5000, "512 or 1024")]
+)
 def test_balance_refuses_a_chunk_size_that_does_not_divide(wanted, ways_out):
     with pytest.raises(ValueError, match=f"chunk_size = {wanted}: must divide the 1024 tokens .*; try {ways_out}$"):
         choose_chunk_size(1024, wanted)

@@ -65,6 +65,8 @@ def lengths_of(name: str, length: int) -> list[int]:
         return [CHUNK + 1] * ((length - 2) // (CHUNK + 1)) + [length - (length - 2) // (CHUNK + 1) * (CHUNK + 1)]
     if name == "long and short":
         return [length - 10, 1, 4, 3, 2]
+    if name == "one and padding":
+        return [length // 2 + 1, -(length - length // 2 - 1)]
     if name == "padding tail":
         return [length // 2 - 3, length // 4, -(length - length // 2 + 3 - length // 4)]
     generator, lengths = random.Random(name), []
@@ -144,6 +146,66 @@ def check_every_pack(rank: int, world: int, options: dict[str, Any]) -> None:
 @pytest.mark.parametrize(("world", "name"), [(world, name) for world, plans in PLANS.items() for name in plans])
 def test_packed_attention_equals_one_process_in_fp64(pool, world, name):
     pool.run(world, check_every_pack, PLANS[world][name])
+
+
+def check_single_rows(rank: int, world: int, options: dict[str, Any]) -> None:
+    plan, length = make_plan(**options), 4 * CHUNK * world
+    for name in ("one and padding", "padding tail", "long and short", "a"):
+        for window_size in (None, 5, 1000):
+            inputs, ids = tuple(x[:1] for x in problem(8, 2, length=length)), ids_of((name,), length)
+            expected = single_process(*inputs, ids, window_size)
+            for a, e in zip(sharded(plan, *inputs, ids, window_size), expected, strict=True):
+                assert_matches(a, e)
+
+
+@pytest.mark.parametrize(
+    ("world", "name"),
+    [(1, "alone"), (1, "alone, blocks in few calls"), (2, "ring"), (2, "ulysses"), (2, "all-gather"), (4, "hybrid")],
+)
+def test_packed_row_by_itself_equals_one_process_in_fp64(pool, world, name):
+    pool.run(world, check_single_rows, PLANS[world][name])
+
+
+def graphs_of_many_kinds(rank: int, world: int) -> int:
+    """Compiled blocks meet both routes, windows, packings of several sizes, and passes without gradients."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    cp, length = make_plan(ring=2, chunk_size=64), 1024
+    model, eager = small_model(num_layers=3), small_model(num_layers=3)
+    for each, (layer, window_size) in itertools.product((model, eager), enumerate((None, 9, 100))):
+        cp.apply(each, modules=f"layers.{layer}.attention", window_size=window_size)
+    compile_blocks(model, backend="aot_eager")
+    for size in (length, 1, 4, length // 2, 2, length, 1):
+        lengths = torch.full((length // size,), size)
+        ids = torch.arange(len(lengths)).repeat_interleave(lengths).expand(2, -1)
+        batch = cp.pack(ids)
+        tensors = batch.shard(*small_batch(length))
+        with batch:
+            loss = loss_sum(model, *tensors)
+            loss.backward()
+            with torch.no_grad():
+                assert_matches(loss_sum(model, *tensors), loss_sum(eager, *tensors))
+    return counters["stats"]["unique_graphs"]
+
+
+def test_packed_blocks_compile_for_every_kind_of_batch(pool):
+    assert pool.run(2, graphs_of_many_kinds)[0] > 8
+
+
+def different_documents(rank: int, world: int) -> None:
+    cp, length = make_plan(ring=2), 4 * CHUNK * world
+    ids = torch.zeros(1, length, dtype=torch.int64)
+    ids[0, length - 1 - rank :] = 1
+    with pytest.raises(RuntimeError, match="have packed different documents"):
+        cp.pack(ids).__enter__()
+    with cp.pack(torch.zeros(1, length, dtype=torch.int64)):
+        pass
+
+
+def test_packed_ranks_with_different_documents_are_told_so(pool):
+    pool.run(2, different_documents)
 
 
 def routes_of_packs(rank: int, world: int, options: dict[str, Any]) -> dict[str, str]:
@@ -236,6 +298,7 @@ def refusals(rank: int, world: int) -> None:
 
     refused(RuntimeError, "outside of a batch", lambda: cp.attention(q, k, v, is_causal=True))
     refused(ValueError, "shard of a plan .* use pack", lambda: cp.shard(ids))
+    refused(ValueError, "ring_layout of a plan", lambda: cp.ring_layout(length))
     refused(ValueError, "unshard of a plan .* use pack", lambda: cp.unshard(q, dim=2))
     refused(ValueError, 'layout = "zigzag": packed documents need', lambda: zigzag.pack(ids))
     refused(ValueError, "give either document_ids or offsets", cp.pack)

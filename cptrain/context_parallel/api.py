@@ -142,8 +142,9 @@ class ContextParallel:
     ) -> PackedBatch:
         """A batch of packed documents, whose tokens see only their own: cuts its tensors, and is entered for attention.
 
-        Either document_ids [B, S], equal within a document and negative for padding (an id per token, on any device;
-        the same on all ranks), or the offsets of every row's documents, rising from 0 to S.
+        Either document_ids [B, S], equal within a document and negative for padding (an id per token, on any device,
+        the same on all ranks; an id that comes back after another begins a new document), or the offsets of every row's
+        documents, rising from 0 to S.
 
             batch = cp.pack(document_ids)
             tokens, labels, positions = batch.shard(tokens, labels, positions)
@@ -227,7 +228,12 @@ class ContextParallel:
         """
         matched = dispatch.match(model, modules)
         windows = huggingface.prepare(
-            model, matched, positions=self._local_positions, degree=self.degree, window_size=window_size
+            model,
+            matched,
+            positions=self._local_positions,
+            degree=self.degree,
+            window_size=window_size,
+            packed=self.layout == "balanced",
         )
         for name, module in matched.items():
             window = windows.get(name, window_size)
@@ -425,7 +431,8 @@ class ContextParallel:
         return self._pieces(length * self.degree)[self._place()]
 
     def ring_layout(self, length: int) -> Layout:
-        """How the ring cuts a sequence of `length`."""
+        """How the ring cuts a sequence of `length`. ValueError for a plan that deals chunks anew for every batch."""
+        self._refuse_balanced("ring_layout", "pack(document_ids).packing.layout")
         return make_layout(self.layout, self.ring_degree, length)
 
     def _as_dtensor(self, part: torch.Tensor, dim: int) -> DTensor:

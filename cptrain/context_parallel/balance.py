@@ -21,12 +21,14 @@ from typing import NamedTuple
 
 from cptrain.context_parallel.layout import Layout
 from cptrain.context_parallel.mask import Documents, num_visible
+from cptrain.distributed.settings import MOST_CHUNKS
 
 SLACK = 0.02  # of a rank's share of the work: what may be given away for locality while dealing
 LIMIT = 1.03  # largest work of a rank over the mean that is not evened out by swaps
 WORTH_MORE_BLOCKS = 0.1  # fewer keys that dealing must move than zigzag, whose blocks are larger
 AUTO_CHUNKS = 16  # chunks per rank that "auto" aims at; more balance no better and cut more documents
 AUTO_SMALLEST = 256  # tokens of a chunk below which kernels get slow
+MOST_CANDIDATES = 32  # chunks of a rank that a swap looks at
 
 
 class Part(NamedTuple):
@@ -44,7 +46,8 @@ def choose_chunk_size(shard_length: int, wanted: int | str = "auto") -> int:
     does not divide.
     """
     small = [d for d in range(1, math.isqrt(shard_length) + 1) if shard_length % d == 0]
-    fitting = sorted({*small, *(shard_length // d for d in small)})
+    every = sorted({*small, *(shard_length // d for d in small)})
+    fitting = [size for size in every if shard_length // size <= MOST_CHUNKS]
     if wanted == "auto":
         target = min(max(AUTO_SMALLEST, shard_length / AUTO_CHUNKS), max(1.0, shard_length / 2))
         return min(fitting, key=lambda size: (max(size / target, target / size), size))
@@ -52,8 +55,8 @@ def choose_chunk_size(shard_length: int, wanted: int | str = "auto") -> int:
     if size not in fitting:
         near = sorted(sorted(fitting, key=lambda other: max(other / max(size, 1), max(size, 1) / other))[:2])
         raise ValueError(
-            f"chunk_size = {wanted}: must divide the {shard_length} tokens of a sequence that a ring rank holds; "
-            f"try {' or '.join(map(str, near))}"
+            f"chunk_size = {wanted}: must divide the {shard_length} tokens of a sequence that a ring rank holds, into "
+            f"{MOST_CHUNKS} chunks at most; try {' or '.join(map(str, near))}"
         )
     return size
 
@@ -227,8 +230,8 @@ def _swap(owners: list[int], work: list[int], num_ranks: int, per_row: int) -> N
         best: tuple[int, int, int, int] | None = None
         for rank in sorted(range(num_ranks), key=loads.__getitem__)[:4]:
             gap = loads[most] - loads[rank]
-            for mine in held[most]:
-                for theirs in held[rank]:
+            for mine in _some(held[most], work):
+                for theirs in _some(held[rank], work):
                     change = work[mine] - work[theirs]
                     if 0 < change < gap and mine // per_row == theirs // per_row:
                         after = max(loads[most] - change, loads[rank] + change)
@@ -245,3 +248,10 @@ def _swap(owners: list[int], work: list[int], num_ranks: int, per_row: int) -> N
         change = work[mine] - work[theirs]
         loads[most] -= change
         loads[rank] += change
+
+
+def _some(chunks: list[int], work: list[int]) -> list[int]:
+    """At most MOST_CANDIDATES of these chunks, light and heavy ones."""
+    if len(chunks) <= MOST_CANDIDATES:
+        return chunks
+    return sorted(chunks, key=lambda chunk: (work[chunk], chunk))[:: -(-len(chunks) // MOST_CANDIDATES)]

@@ -110,8 +110,8 @@ class Alone:
         self, k: torch.Tensor, v: torch.Tensor, kept: torch.Tensor, compute: Computes
     ) -> tuple[torch.Tensor, torch.Tensor]:
         gradients = compute(Piece(k, v, self._blocks))
-        if len(gradients) == 1:
-            return gradients[0][1:]
+        if len(gradients) == 1 and gradients[0][1].size(2) == k.size(2):
+            return gradients[0][1:]  # of all keys: padding has none
         wide = accumulator_dtype(k.dtype)
         total = new_heads(k, wide).zero_(), new_heads(v, wide).zero_()
         add(total, gradients)

@@ -55,6 +55,7 @@ def prepare(
     positions: Callable[[int], torch.Tensor],
     degree: int,
     window_size: int | None,
+    packed: bool,
 ) -> dict[str, int | None]:
     """Window of each matched module that is part of a transformers model; these models are set up, if there are any.
 
@@ -66,6 +67,11 @@ def prepare(
     ours = {name: matched[name] for name in matched if around[name]}
     if not ours:
         return {}
+    if packed:
+        raise NotImplementedError(
+            'packed documents (layout="balanced") are not supported in transformers models: give one document per row, '
+            'and a plan with layout="zigzag"'
+        )
     if window_size is not None:
         raise ValueError(
             f"window_size = {window_size}: a transformers model says itself which layers have a window; leave it out, "

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 
 from cptrain.context_parallel.packing import Packing
 
@@ -14,17 +16,22 @@ if TYPE_CHECKING:
     from cptrain.context_parallel.api import ContextParallel
 
 
+COMPARED = 3  # batches of a plan that ranks compare: who reads other data does so from the start
+
+
 class Entered:
     """The batch that a plan is inside of: the one thing about a plan that changes.
 
     Read by every attention of the plan, in whatever thread a backward pass recomputes it: no context variable.
-    packing: encoded, None outside of batches. route: of its keys. shape: rows, tokens of a row.
+    packing: encoded, None outside of batches. route: of its keys. shape: rows, tokens of a row. num_compared: how many
+    batches the ranks have compared so far.
     """
 
     def __init__(self) -> None:
         self.packing: torch.Tensor | None = None
         self.route = ""
         self.shape = (0, 0)
+        self.num_compared = 0
 
     def enter(self, packing: torch.Tensor, route: str, shape: tuple[int, int]) -> None:
         self.packing, self.route, self.shape = packing, route, shape
@@ -67,6 +74,9 @@ class PackedBatch:
         plan, packing = self.plan, self.packing
         if plan._entered.packing is not None:
             raise RuntimeError("another batch is entered: leave it (after its backward pass) before entering this one")
+        if plan._entered.num_compared < COMPARED and plan.degree > 1:
+            plan._entered.num_compared += 1
+            self._compare()
         exchanges = plan.method != "all_gather" and plan.ring_degree > 1
         exchanges = exchanges and packing.exchange_is_cheaper(plan.ring_inner_degree)
         route = plan._exchange_route if exchanges else plan._route
@@ -75,6 +85,18 @@ class PackedBatch:
 
     def __exit__(self, *_: object) -> None:
         self.plan._entered.leave()
+
+    def _compare(self) -> None:
+        """RuntimeError on all ranks of the plan unless they have the same documents, dealt alike."""
+        digest = zlib.crc32(self.encoded.numpy().tobytes())
+        bounds = torch.tensor([digest, -digest], device=self.plan.mesh.device_type)
+        for axis in self.plan._axes:
+            dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=self.plan.mesh.get_group(axis))
+        if int(bounds[0]) != -int(bounds[1]):
+            raise RuntimeError(
+                "the ranks that share a sequence have packed different documents: give all of them the same "
+                "document_ids (the same samples, in the same order)"
+            )
 
     @cached_property
     def _index(self) -> torch.Tensor:

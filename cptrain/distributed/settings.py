@@ -9,6 +9,7 @@ from typing import Literal
 
 from cptrain.config import Problem, setting
 
+MOST_CHUNKS = 128  # that the balanced layout deals to a rank, of one sequence: more take seconds
 Order = Literal["head_first", "context_first"]
 Method = Literal["auto", "ring", "ulysses", "hybrid", "all_gather"]
 

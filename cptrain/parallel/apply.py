@@ -19,6 +19,8 @@ from cptrain.parallel.fsdp import apply_fsdp
 from cptrain.parallel.settings import ActivationCheckpointConfig, CompileConfig
 from cptrain.parallel.tensor import apply_tensor_parallel
 
+MOST_GRAPHS = 64  # of a block
+
 
 @dataclass(frozen=True)
 class Precision:
@@ -115,5 +117,8 @@ def compile_blocks(model: Llama, *, backend: str) -> None:
     # Entering the attention mode inside a checkpointed region counts as a side effect that is not repeated in the
     # backward pass. It need not be: what the mode changed is already in the graph.
     torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
+    # One code object has a graph for each kind of mask, with gradients and without, for keys of packed documents that
+    # go round the ring and that go straight, and for a packing's size: more than the 8 after which compiling gives up.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
     for layer in model.layers:
         layer.compile(backend=backend, fullgraph=True)

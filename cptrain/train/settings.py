@@ -12,6 +12,7 @@ from cptrain.checkpoint.settings import CheckpointConfig
 from cptrain.config import Problem, setting
 from cptrain.data.settings import DataConfig, TokenizerConfig
 from cptrain.distributed.settings import (
+    MOST_CHUNKS,
     CommConfig,
     Degrees,
     Method,
@@ -268,12 +269,17 @@ class TrainSettings:
                 fix=f"set it to {f'{below} or {above}' if below else above}",
             )
         chunk_size = self.parallelism.chunk_size
-        if chunk_size != "auto" and length > 0 and length % degrees.ring == 0 and length // degrees.ring % chunk_size:
-            yield Problem(
-                key="parallelism.chunk_size",
-                rule=f"must divide the {length // degrees.ring} tokens of a sequence that a ring rank holds",
-                fix=f"set it to {_nearest_divisor(length // degrees.ring, chunk_size)}, or leave it out",
-            )
+        if chunk_size != "auto" and length > 0 and length % degrees.ring == 0:
+            held = length // degrees.ring
+            if held % chunk_size or held // chunk_size > MOST_CHUNKS:
+                fitting = [divisor for divisor in divisors(held) if held // divisor <= MOST_CHUNKS]
+                nearest = min(fitting, key=lambda size: max(size / chunk_size, chunk_size / size))
+                yield Problem(
+                    key="parallelism.chunk_size",
+                    rule=f"must divide the {held} tokens of a sequence that a ring rank holds, into {MOST_CHUNKS} "
+                    "chunks at most",
+                    fix=f"set it to {nearest}, or leave it out",
+                )
         at_a_time, global_batch = self.training.local_batch_size * degrees.data, self.training.global_batch_size
         if global_batch != "auto" and at_a_time > 0 and global_batch > 0 and global_batch % at_a_time:
             yield Problem(
@@ -307,7 +313,3 @@ class TrainSettings:
         if self.training.global_batch_size == "auto":
             return self.training.local_batch_size * degrees.data
         return self.training.global_batch_size
-
-
-def _nearest_divisor(number: int, wanted: int) -> int:
-    return min(divisors(number), key=lambda divisor: max(divisor / wanted, wanted / divisor))
