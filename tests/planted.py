@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from unittest import mock
@@ -127,8 +127,11 @@ def repeated_messages() -> Planted:
 
 def swapped_chunks() -> Planted:
     """Ranks hold other tokens than their attention takes them for."""
-    permutation = Layout.permutation
-    return mock.patch.object(Layout, "permutation", lambda self: permutation(self).flip(0))
+    permutation, positions_of = Layout.permutation, Packing.positions_of
+    stack = ExitStack()
+    stack.enter_context(mock.patch.object(Layout, "permutation", lambda self: permutation(self).flip(0)))
+    stack.enter_context(mock.patch.object(Packing, "positions_of", lambda self, rank: positions_of(self, -1 - rank)))
+    return stack
 
 
 def no_document_mask() -> Planted:

@@ -57,6 +57,7 @@ PRIVATE_USES = {
     },
     "parallel/apply.py": {
         # A switch of the compiler without another way in.
+        "torch._dynamo.config.recompile_limit",
         "torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint",
     },
     "optim/clip.py": {

@@ -32,6 +32,8 @@ def variants(folder: Path, text: str, degrees: dict[str, int], world: int) -> di
     context = degrees.get("ring_degree", 1) * degrees.get("ulysses_degree", 1)
     data = world // (context * degrees.get("tensor_parallel_degree", 1))
     cases = [(mode, accumulation, True) for mode, accumulation in itertools.product(MODES, ACCUMULATION)]
+    if world < 8 and degrees != {"data_parallel_shard_degree": 4}:  # FSDP alone knows nothing of masks
+        cases.append(("selective", 2, False))
     return {
         f"{MASK[masks]}, checkpointing {mode}, accumulation {accumulation}": small_settings(
             folder / f"{masks}-{mode}-{accumulation}",
@@ -41,7 +43,7 @@ def variants(folder: Path, text: str, degrees: dict[str, int], world: int) -> di
             training={"local_batch_size": GLOBAL_BATCH // (data * accumulation)},
             data={"cache_dir": str(folder / "cache"), "document_mask": masks},
         )
-        for mode, accumulation, masks in [*cases, ("selective", 2, False)]
+        for mode, accumulation, masks in cases
     }
 
 
