@@ -89,14 +89,6 @@ class Layout:
         starts = torch.tensor([chunk for shard in self.chunks for chunk in shard]) * self.chunk_size
         return (starts[:, None] + torch.arange(self.chunk_size)).flatten()
 
-    def inverse(self) -> torch.Tensor:
-        """Where in sharded order every global token sits. Shape [length], int64."""
-        return torch.argsort(self.permutation())
-
-    def is_identity(self) -> bool:
-        """Sharded order is global order, so nothing needs to be permuted."""
-        return [chunk for shard in self.chunks for chunk in shard] == list(range(sum(map(len, self.chunks))))
-
 
 def contiguous(num_ranks: int, length: int) -> Layout:
     """Rank r holds the r-th of `num_ranks` equal pieces. Raises ValueError when `length` does not divide evenly."""
