@@ -62,7 +62,6 @@ def _run(
 ) -> Any:
     import torch
     import torch.distributed as dist
-    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
     function: Any = importlib.import_module(module)
     for part in name.split("."):
@@ -81,10 +80,28 @@ def _run(
         fail(error)
     finally:
         dist.destroy_process_group()
-        # DTensor remembers results of sharding propagation together with meshes, whose groups have just ended.
-        _clear_sharding_prop_cache()
         torch._dynamo.reset() if "torch._dynamo" in sys.modules else None
+        _forget_meshes()
         gc.collect()
+        gc.freeze()  # what is left stays; the next collection need not look at all of torch again
+
+
+def _forget_meshes() -> None:
+    """Empty the caches in which DTensor keeps meshes.
+
+    Their groups have ended, but every group that is still known has a thread that wakes up a hundred times a second:
+    after a few hundred jobs these alone would keep a core busy.
+    """
+    from torch.distributed.tensor import DTensor, _redistribute
+    from torch.distributed.tensor._collective_utils import MeshTopoInfo
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+    _clear_sharding_prop_cache()
+    MeshTopoInfo.build_from_mesh.cache_clear()
+    DTensor._op_dispatcher.sharding_propagator._propagate_tensor_meta_cached.cache_clear()
+    _redistribute._gen_transform_infos.cache_clear()
+    if hasattr(_redistribute, "clear_redistribute_planner_cache"):  # not in every torch from 2.11 on
+        _redistribute.clear_redistribute_planner_cache()
 
 
 class Pool:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
 
 def add_ranks(rank: int, world: int, offset: int) -> int:
@@ -28,3 +32,20 @@ def test_pool_raises_the_failing_rank_while_others_wait(pool):
     with pytest.raises(AssertionError, match="rank 1 of 2: ValueError: planted on rank 1"):
         pool.run(2, fail_on_one)
     assert pool.run(2, add_ranks, 0) == [1, 1]
+
+
+def redistribute(rank: int, world: int) -> None:
+    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("ring",))
+    part = DTensor.from_local(torch.ones(2, 2), mesh, [Shard(0)])
+    assert part.full_tensor().shape == (2 * world, 2)
+
+
+def gloo_threads(rank: int, world: int) -> int:
+    tasks = Path("/proc/self/task")
+    return sum((task / "comm").read_text().startswith("gloo") for task in tasks.iterdir())
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted in /proc")
+def test_pool_ends_the_threads_of_a_job(pool):
+    pool.run(2, redistribute)
+    assert pool.run(2, gloo_threads) == [1, 1], "that of the group of this job alone"
