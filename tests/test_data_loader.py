@@ -3,7 +3,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -141,6 +144,29 @@ def test_data_loader_close_stops_its_workers(windows: Windows) -> None:
     assert len(multiprocessing.active_children()) == len(others) + 1
     batches.close()
     assert multiprocessing.active_children() == others
+
+
+UNCLOSED = """
+import torch
+from cptrain.data.loader import TrainBatches
+
+class Ones:
+    def __getitem__(self, index):
+        return {"tokens": torch.ones(4)}
+
+if __name__ == "__main__":
+    place = dict(start_index=0, global_batch_size=1, local_batch_size=1, dp_rank=0, dp_degree=1)
+    batches = TrainBatches(Ones(), **place, num_workers=1)
+    next(batches)
+    raise SystemExit(3)
+"""
+
+
+def test_data_loader_that_nobody_closes_does_not_keep_its_process(tmp_path: Path) -> None:
+    script = tmp_path / "unclosed.py"
+    script.write_text(UNCLOSED)
+    done = subprocess.run([sys.executable, str(script)], timeout=60, capture_output=True, text=True, check=False)
+    assert done.returncode == 3, done.stderr
 
 
 def test_data_loader_workers_outlive_the_signals_that_end_a_run(windows: Windows) -> None:

@@ -12,8 +12,10 @@ where to go on.
 
 from __future__ import annotations
 
+import atexit
 import signal
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Literal
@@ -108,6 +110,7 @@ class TrainBatches:
             raise RuntimeError("these batches are closed")
         if self._batches is None:
             self._batches = iter(self._loader)
+            atexit.register(_close_at_exit, weakref.ref(self))
         batch = next(self._batches)
         self._taken += 1
         return batch
@@ -125,6 +128,13 @@ class TrainBatches:
     def close(self) -> None:
         """Stop the worker processes."""
         self._batches = self._loader = None
+
+
+def _close_at_exit(batches: weakref.ref[TrainBatches]) -> None:
+    """End workers that nobody has closed: they do not heed the signal by which multiprocessing would at exit."""
+    left = batches()
+    if left is not None:
+        left.close()
 
 
 def _ignore_signals(_worker: int) -> None:
