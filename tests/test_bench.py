@@ -12,6 +12,10 @@ from types import ModuleType
 
 import pytest
 import torch
+from test_attention import problem
+from torch.distributed.device_mesh import init_device_mesh
+
+from cptrain.context_parallel import ContextParallel
 
 ROOT = Path(__file__).resolve().parent.parent
 CASE = ["--seq-lens", "32", "--heads", "4:2", "--dims", "8", "--rounds", "2", "--threads", "1", "--device", "cpu"]
@@ -152,7 +156,47 @@ def test_bench_simulated_link_copies_and_keeps_to_its_bandwidth(tools: ModuleTyp
 
 def test_bench_step_prints_a_table(tmp_path: Path) -> None:
     size = ["--layers", "1", "--dim", "16", "--heads", "2", "--vocab", "512", "--tokens", "32"]
+    cases = "bare,one,two_runs,cp2,torch_ring"
     text = run_tool(
-        "bench_step.py", "--cases", "bare,cp2", *size, "--rounds", "1", "--steps", "1", "--warmup", "0", folder=tmp_path
+        "bench_step.py", "--cases", cases, *size, "--rounds", "1", "--steps", "1", "--warmup", "0", folder=tmp_path
     )
-    assert [row[:2] for row in table(text)] == [["bare", "1"], ["cp2", "2"]]
+    rows = {row[0]: row[1:] for row in table(text)}
+    assert list(rows) == cases.split(",")
+    seconds = {name: float(row[1]) for name, row in rows.items()}
+    assert rows["one"][2:] == ["1.000x", "-"]
+    # Two runs at once do twice the work of one; what two ranks reach of that is their share.
+    assert float(rows["two_runs"][2][:-1]) == pytest.approx(2 * seconds["one"] / seconds["two_runs"], rel=0.1)
+    assert rows["two_runs"][3] == "100.0%"
+    assert float(rows["cp2"][3][:-1]) == pytest.approx(50 * seconds["two_runs"] / seconds["cp2"], rel=0.1)
+
+
+class Attention(torch.nn.Module):
+    """Calls the attention of torch, as a model's attention does."""
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def torch_ring(rank: int, world: int) -> None:
+    """The ring that bench_step measures beside ours computes the same."""
+    sys.path.insert(0, str(ROOT / "tools"))
+    from bench_step import use_torch_ring
+
+    plan = ContextParallel(init_device_mesh("cpu", (world,), mesh_dim_names=("ring",)), ulysses=None)
+    inputs = plan.shard(*(x.float() for x in problem(4, 4, length=32)), dim=2)
+    model = torch.nn.ModuleDict({"attention": Attention(), "other": torch.nn.Module()})
+    model = torch.nn.ModuleDict({"layer": model})
+    results = []
+    for prepare in (lambda: plan.apply(model, modules="*.attention"), lambda: use_torch_ring(model, plan)):
+        prepare()
+        q, k, v = (x.clone().requires_grad_() for x in inputs[:3])
+        out = model["layer"]["attention"](q, k, v)
+        results.append((out, *torch.autograd.grad(out, (q, k, v), inputs[3])))
+    ours, theirs = results
+    assert type(theirs[0].grad_fn).__name__ == "TorchRingBackward" != type(ours[0].grad_fn).__name__
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_bench_step_compares_with_a_ring_that_computes_the_same(pool) -> None:
+    pool.run(2, torch_ring)

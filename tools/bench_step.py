@@ -1,7 +1,11 @@
 """Time one training step at context parallel 2 and tensor parallel 2 against one rank, and that against a bare loop.
 
 Every case runs in processes of its own with --threads threads per rank; cases take turns for --rounds rounds, so that a
-machine whose speed drifts treats them alike. Ratios are medians over rounds of the same round's times.
+machine whose speed drifts treats them alike. Ratios are medians over rounds of the same round's times. Attention is
+causal over the whole sequence.
+
+What two ranks can gain is what the machine gives to two processes at once: "two runs" is twice the one-rank run, side
+by side, without a message between them. "torch ring" is the ring of 2 with torch's own ring attention in place of ours.
 
     python tools/bench_step.py                       # the table of the README
     python tools/bench_step.py --cases one,cp4 --layers 2 --tokens 4096
@@ -19,11 +23,18 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cptrain.context_parallel import ContextParallel
+    from cptrain.models.llama import Llama
 
 CASES = {
     "bare": (1, {}),
     "one": (1, {}),
+    "two_runs": (1, {}),
     "cp2": (2, {"ring_degree": 2}),
+    "torch_ring": (2, {"ring_degree": 2}),
     "ulysses2": (2, {"ulysses_degree": 2}),
     "tp2": (2, {"tensor_parallel_degree": 2}),
     "fsdp2": (2, {"data_parallel_shard_degree": 2}),
@@ -40,7 +51,7 @@ def main() -> None:
     times: dict[str, list[float]] = {name: [] for name in names}
     for number in range(arguments.rounds):
         for name in names:
-            times[name].append(launch(arguments, name))
+            times[name].append(measure(arguments, name))
             print(f"round {number + 1}  {name:<9} {times[name][-1]:8.3f} s/step", flush=True)
     print(
         f"\n{arguments.layers} layers, dim {arguments.dim}, {arguments.heads} heads, "
@@ -48,17 +59,25 @@ def main() -> None:
         f"checkpointing {arguments.checkpointing}, one sequence of {arguments.tokens} tokens, {arguments.threads} "
         f"thread(s) per rank, {arguments.rounds} rounds of {arguments.steps} steps after {arguments.warmup}"
     )
-    print("| case | ranks | s/step (median) | speed-up over one rank |\n|---|---|---|---|")
+    print("| case | processes | s/step (median) | speed-up over one rank | of two runs |\n|---|---|---|---|---|")
     for name in names:
-        ratio = "-"
+        processes = 2 if name == "two_runs" else CASES[name][0]
+        speed_up = share = "-"
         if "one" in times:
-            ratio = f"{statistics.median(one / own for one, own in zip(times['one'], times[name], strict=True)):.3f}x"
-        print(f"| {name} | {CASES[name][0]} | {statistics.median(times[name]):.3f} | {ratio} |")
+            speed_up = f"{ratio(times['one'], times[name]) * (2 if name == 'two_runs' else 1):.3f}x"
+        if "two_runs" in times and processes == 2:
+            share = f"{ratio(times['two_runs'], times[name]) / (1 if name == 'two_runs' else 2):.1%}"
+        print(f"| {name} | {processes} | {statistics.median(times[name]):.3f} | {speed_up} | {share} |")
+
+
+def ratio(above: list[float], below: list[float]) -> float:
+    """The median over rounds of above / below."""
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", default="bare,one,cp2,tp2", help=f"of {', '.join(CASES)}")
+    parser.add_argument("--cases", default="bare,one,two_runs,cp2,torch_ring,tp2", help=f"of {', '.join(CASES)}")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--heads", type=int, default=16)
@@ -77,29 +96,24 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def launch(arguments: argparse.Namespace, name: str) -> float:
-    """Seconds per step of one case, in fresh processes."""
-    ranks = CASES[name][0]
+def measure(arguments: argparse.Namespace, name: str) -> float:
+    """Seconds per step of one case, in fresh processes; of two runs, which share the machine, the mean of both."""
     with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "result.json"
-        command = (
-            [sys.executable]
-            if ranks == 1
-            else [
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                "--rdzv-backend",
-                "c10d",
-                "--rdzv-endpoint",
-                "localhost:0",
-                "--nproc-per-node",
-                str(ranks),
-            ]
-        )
-        command += [__file__, *sys.argv[1:], "--child", name, "--result", str(result)]
-        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": str(arguments.threads)})
-        return json.loads(result.read_text())
+        results = [Path(folder) / str(number) for number in range(2 if name == "two_runs" else 1)]
+        running = [launch(arguments, name, result) for result in results]
+        failed = [process for process in running if process.wait()]
+        if failed:
+            raise SystemExit(f"{name} failed; see above")
+        return statistics.mean(json.loads(result.read_text()) for result in results)
+
+
+def launch(arguments: argparse.Namespace, name: str, result: Path) -> subprocess.Popen:
+    """Start the ranks of one case, which write what they measured to `result`."""
+    ranks = CASES[name][0]
+    torchrun = f"torch.distributed.run --rdzv-backend c10d --rdzv-endpoint localhost:0 --nproc-per-node {ranks}"
+    command = [sys.executable, *(["-m", *torchrun.split()] if ranks > 1 else [])]
+    command += [__file__, *sys.argv[1:], "--child", name, "--result", str(result)]
+    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": str(arguments.threads)})
 
 
 def run_case(arguments: argparse.Namespace) -> None:
@@ -134,6 +148,7 @@ def settings_of(arguments: argparse.Namespace, folder: Path):
             num_kv_heads=arguments.kv_heads or arguments.heads,
             vocab_size=arguments.vocab,
         ),
+        data=change(default.data, document_mask=False),
         training=change(default.training, seq_len=arguments.tokens, steps=arguments.warmup + arguments.steps),
         parallelism=change(default.parallelism, **CASES[arguments.child][1]),
         activation_checkpoint=change(default.activation_checkpoint, mode=arguments.checkpointing),
@@ -152,6 +167,8 @@ def time_trainer(arguments: argparse.Namespace, folder: Path) -> float:
 
     seconds = []
     with Trainer(settings_of(arguments, folder), torch.device("cpu")) as trainer:
+        if arguments.child == "torch_ring":
+            use_torch_ring(trainer.model, trainer.stage.context)
         for index in range(arguments.warmup + arguments.steps):
             dist.barrier()
             start = time.perf_counter()
@@ -159,6 +176,44 @@ def time_trainer(arguments: argparse.Namespace, folder: Path) -> float:
             if index >= arguments.warmup:
                 seconds.append(time.perf_counter() - start)
     return min(seconds)
+
+
+def use_torch_ring(model: Llama, plan: ContextParallel) -> None:
+    """Give a model on a zigzag ring the attention of torch's own template of a ring, around the same kernel."""
+    import torch
+    import torch.distributed.tensor.experimental._context_parallel._attention as theirs
+
+    from cptrain.context_parallel import dispatch
+
+    group = plan.mesh.get_group(plan.ring)
+    aten = torch.ops.aten
+
+    def forward_block(q, k, v, *, is_causal):
+        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal)
+
+    def backward_block(*, grad_out, query, key, value, out, logsumexp, is_causal):
+        return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad_out, query, key, value, out, logsumexp, 0.0, is_causal
+        )
+
+    class TorchRing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, q, k, v):
+            out, lse = theirs._templated_ring_attention(group, 2, forward_block, q, k, v, is_causal=True)
+            ctx.save_for_backward(q, k, v, out, lse)
+            return out
+
+        @staticmethod
+        def backward(ctx, grad_out):
+            return theirs._templated_ring_attention_backward(
+                group, 2, backward_block, grad_out, "grad_out", *ctx.saved_tensors, is_causal=True
+            )
+
+    def attention(q, k, v, *, is_causal, window_size=None, scale=None):
+        return TorchRing.apply(q, k, v)
+
+    for name, module in dispatch.match(model, "*.attention").items():
+        dispatch.install(name, module, attention, None)
 
 
 def time_bare_loop(arguments: argparse.Namespace, folder: Path) -> float:
