@@ -106,6 +106,24 @@ def test_bench_documents_causal_ring_sends_all_keys_and_gradients(timed: tuple[s
     assert sent["3", "causal ring"] == 768 // 3 * keys * 5
 
 
+def test_bench_documents_simulates_ranks_that_send_what_real_ones_do(
+    tools: ModuleType, timed: tuple[str, Path]
+) -> None:
+    from documents_clock import SINGLE, measure_simulated
+
+    (case,) = tools.cases_of(tools.parse([*TINY, "--simulate", "--seq-lens", "768", "--ranks", "3"]), 3)
+    found = measure_simulated(case, range(3))
+    assert all(len(times.clocks) == case.rounds for times in found)
+    assert [times.layout for times in found if times.layout == SINGLE] == [SINGLE]
+    sent = {layout: max(t.sent_bytes for t in found if t.layout == layout) for layout in case.layouts}
+    real = read(timed[1] / "documents.csv")
+    assert sent == {row["layout"]: int(row["sent_bytes"]) for row in real if row["ranks"] == "3"}
+    combined = tools.combine(
+        case, [t for t in found if t.layout == "balanced"], [t for t in found if t.layout == SINGLE]
+    )
+    assert combined.simulated and combined.clock == "cpu"
+
+
 def test_bench_documents_leaves_the_causal_ring_out_above_a_length(tools: ModuleType) -> None:
     options = ["--seq-lens", "256,512", "--ranks", "2", "--causal-up-to", "256"]
     arguments = tools.parse([*TINY, *options])

@@ -9,8 +9,9 @@ one device over every document in turn, divided by the ranks. Layouts take turns
 rounds of time / bound, both of the same round. Where there are a core per rank and thread, time is the wall clock
 until the slowest rank is done; else it is the CPU time of the rank with most, messages included; "computing" is the
 part of the thread that computes. More ranks than cores share caches and cores, and their kernels run slower for it; the
-bound, which only as many ranks as there are cores compute, does not. Without either flag both parts run. The pack timed
-is the one of median work among the first --packs of two documents and more.
+bound, which only as many ranks as there are cores compute, does not. With --simulate every rank therefore runs by
+itself, as many at a time as there are cores, and a message is a copy in memory (simulated_group.py). Without --plan or
+--time both parts run. The pack timed is the one of median work among the first --packs of two documents and more.
 
     python tools/bench_documents.py                                            # some minutes, on CPUs
     python tools/bench_documents.py --plan --packs 16
@@ -76,6 +77,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--sets", default="stdlib,lognormal", help=f"of {', '.join(SETS)}")
     parser.add_argument("--packs", type=int, default=16, help="of each set and size")
     parser.add_argument("--sizes", default="65536:8,262144:32,1048576:32", help="of --plan: tokens:ranks")
+    parser.add_argument("--simulate", action="store_true", help="--time: ranks one at a time on each core")
     parser.add_argument("--seq-lens", default="16384", help="of --time")
     parser.add_argument("--ranks", default="2,4,8", help="of --time")
     parser.add_argument("--rounds", type=int, default=3)
@@ -109,6 +111,7 @@ def conditions(arguments: argparse.Namespace) -> str:
         f"Attention forward + backward, {heads}:{kv_heads} heads of {arguments.dim}, {arguments.dtype}, "
         f"{arguments.threads} thread(s) per rank, {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}, "
         f"median of {arguments.rounds} paired round(s)"
+        f"{', every rank by itself' if arguments.simulate else ''}"
     )
     left_out = [f"{length:,}" for length in arguments.seq_lens if length > arguments.causal_up_to]
     return text + (f"; {CAUSAL_RING} left out at {', '.join(left_out)} tokens (--causal-up-to)" if left_out else "")
@@ -194,6 +197,7 @@ def cases_of(arguments: argparse.Namespace, ranks: int) -> list[Case]:
             kernel=arguments.kernel,
             threads=arguments.threads,
             rounds=arguments.rounds,
+            simulated=arguments.simulate,
         )
         for seq_len in arguments.seq_lens
         for name in arguments.sets

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from attention_cases import DTYPES
 from bench_attention import received
 from documents_cases import LayoutName, documents_of, make_cut
+from simulated_group import simulated_ranks
 from torch.distributed.device_mesh import init_device_mesh
 
 from cptrain.context_parallel import ContextParallel
@@ -51,6 +52,7 @@ class Case:
     kernel: str = "auto"
     threads: int = 1
     rounds: int = 3
+    simulated: bool = False  # every rank by itself, messages are local copies
 
     @property
     def seq_len(self) -> int:
@@ -87,14 +89,21 @@ class Times:
 
 
 def case_times(cases: Sequence[Case], ranks: int) -> Iterator[list[Times]]:
-    """What all ranks measured of every case, each rank in a process of its own."""
+    """What all ranks measured of every case.
+
+    Each rank is a process of its own, or, simulated, as many processes as there are cores run them in turn.
+    """
+    workers = min(ranks, len(os.sched_getaffinity(0))) if cases[0].simulated else ranks
+    target = run_simulated if cases[0].simulated else run_rank
     os.environ["OMP_NUM_THREADS"] = str(cases[0].threads)
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
-        for rank in range(ranks):
+        for worker in range(workers):
             here, there = context.Pipe(duplex=False)
-            process = context.Process(target=run_rank, args=(cases, rank, ranks, f"{folder}/store", there), daemon=True)
+            process = context.Process(
+                target=target, args=(cases, worker, workers, f"{folder}/store", there), daemon=True
+            )
             process.start()
             there.close()
             pipes.append(here)
@@ -127,6 +136,37 @@ def run_rank(
         dist.destroy_process_group()
     except Exception:
         pipe.send(f"rank {rank}: {traceback.format_exc()}")
+
+
+def run_simulated(
+    cases: Sequence[Case], worker: int, workers: int, store: str, pipe: multiprocessing.connection.Connection
+) -> None:
+    """The process that runs every workers-th rank, one after another: sends what `run_rank` sends."""
+    try:
+        torch.set_num_threads(cases[0].threads)
+        for case in cases:
+            pipe.send(measure_simulated(case, range(worker, case.ranks, workers)))
+    except Exception:
+        pipe.send(f"worker {worker}: {traceback.format_exc()}")
+
+
+def measure_simulated(case: Case, ranks: Sequence[int]) -> list[Times]:
+    """Some ranks, each alone in every layout, and once a round the single process."""
+    found = {SINGLE: Times(SINGLE)}
+    for _ in range(case.rounds):
+        for rank in ranks:
+            with simulated_ranks(rank, case.ranks, torch.device("cpu")):
+                for layout in case.layouts:
+                    times, run = layout_run(case, layout, rank)
+                    run(0)
+                    with recorded_messages() as messages:
+                        clocks = timed(partial(run, case.heads))
+                    times = found.setdefault(f"{layout} {rank}", times)
+                    times.clocks.append(clocks)
+                    times.sent_bytes = sum(message.num_bytes for message in messages)
+        with simulated_ranks(0, 1, torch.device("cpu")):
+            found[SINGLE].clocks.append(timed(partial(single_run(case), case.heads)))
+    return list(found.values())
 
 
 def measure(case: Case, rank: int) -> list[Times]:

@@ -66,6 +66,7 @@ class Timed:
     dim: int
     dtype: str
     clock: str
+    simulated: bool
     route: str
     imbalance: float
     kernels: int
@@ -86,7 +87,7 @@ class Timed:
 
 def combine(case: Case, ranks: Sequence[Times], single: Sequence[Times]) -> Timed:
     """One result of what the ranks measured of one layout: in every round the rank with most counts."""
-    enough = case.ranks * case.threads <= len(os.sched_getaffinity(0))
+    enough = case.ranks * case.threads <= len(os.sched_getaffinity(0)) and not case.simulated
 
     def most(measured: Sequence[Times], clock: str) -> list[float]:
         by_rank = [[getattr(clocks, clock) for clocks in times.clocks] for times in measured]
@@ -108,6 +109,7 @@ def combine(case: Case, ranks: Sequence[Times], single: Sequence[Times]) -> Time
         dim=case.dim,
         dtype=case.dtype,
         clock="wall" if enough else "cpu",
+        simulated=case.simulated,
         route=ranks[0].route,
         imbalance=max(work) * len(work) / sum(work),
         kernels=max(times.blocks for times in ranks),
