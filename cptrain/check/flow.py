@@ -21,11 +21,11 @@ from cptrain.loss import IGNORED
 def check_flow(trainer: ToyTrainer) -> list[Finding]:
     """Two findings: tokens that the loss of the last token (and of others) does not reach, and that leak into it."""
     start = time.perf_counter()
-    length = trainer.stage.training.seq_len
-    batch = trainer.batch(0, trainer.stage.training.local_batch_size)
+    length = trainer.stage.settings.training.seq_len
+    batch = trainer.batch(0, trainer.stage.settings.training.local_batch_size)
     packed, masks = trainer.shard(batch).packed, trainer.masks_of(batch["document_ids"])
     reach = influence(masks, length, trainer.device)
-    layout = packed.packing.layout if packed else trainer.context.ring_layout(length)
+    layout = packed.packing.layout if packed else trainer.stage.context.ring_layout(length)
     missed = leaked = 0
     for chosen in probes(layout, trainer.device, documents=masks[0].documents, rows=len(reach)):
         # Not the batch's own labels, which may be none at the end of a document.

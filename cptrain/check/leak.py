@@ -49,7 +49,7 @@ def check_leak(trainer: ToyTrainer) -> Finding:
 
 def _batch_with_document(trainer: ToyTrainer) -> tuple[Batch, torch.Tensor]:
     """A batch, and which of its tokens [B, length] are one document that has neighbours in its row."""
-    number = trainer.stage.training.local_batch_size
+    number = trainer.stage.settings.training.local_batch_size
     for first in range(0, MOST_WINDOWS, number):
         batch = trainer.batch(first, number)
         for row, ids in enumerate(batch["document_ids"]):

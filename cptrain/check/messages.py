@@ -18,7 +18,7 @@ def check_messages(trainer: ToyTrainer) -> list[Finding]:
     Full activation checkpointing repeats those of forward in backward; selective repeats none.
     """
     start = time.perf_counter()
-    batch = trainer.batch(0, trainer.stage.training.local_batch_size)
+    batch = trainer.batch(0, trainer.stage.settings.training.local_batch_size)
     shard = trainer.shard(batch)
     with shard.documents_entered():
         with recorded_messages() as sent_forward:
@@ -36,9 +36,9 @@ def check_messages(trainer: ToyTrainer) -> list[Finding]:
 
 
 def _expected(trainer: ToyTrainer, batch: Batch, shard: Shard) -> tuple[Traffic, Traffic]:
-    plan, shape, degrees = trainer.context, trainer.shape, trainer.meshes.degrees
+    plan, shape, degrees = trainer.stage.context, trainer.shape, trainer.stage.meshes.degrees
     call = Call(
-        batch=trainer.stage.training.local_batch_size,
+        batch=trainer.stage.settings.training.local_batch_size,
         heads=shape.num_heads // degrees.tp,
         kv_heads=shape.num_kv_heads // degrees.tp,
         key_dim=shape.head_dim,
@@ -51,7 +51,7 @@ def _expected(trainer: ToyTrainer, batch: Batch, shard: Shard) -> tuple[Traffic,
         there, back = attention_traffic(
             call,
             mask,
-            packing.layout if packing else plan.ring_layout(trainer.stage.training.seq_len),
+            packing.layout if packing else plan.ring_layout(trainer.stage.settings.training.seq_len),
             ring_rank=plan.ring_rank,
             gathers=plan.method == "all_gather",
             exchanges=packing is not None and packing.exchange_is_cheaper(plan.ring_inner_degree),

@@ -23,7 +23,7 @@ def check_rotary_positions(trainer: ToyTrainer) -> Finding:
     the whole sequence, or of the longest document where positions begin anew in each.
     """
     start = time.perf_counter()
-    batch = trainer.batch(0, trainer.stage.training.local_batch_size)
+    batch = trainer.batch(0, trainer.stage.settings.training.local_batch_size)
     positions = batch["positions"].to(trainer.device)
     index = torch.arange(positions.size(1)).expand_as(batch["labels"])
     expected = positions.gather(1, trainer.shard({**batch, "labels": index}).labels)

@@ -62,15 +62,15 @@ def check(settings: TrainSettings, device: torch.device) -> Iterator[tuple[str, 
             for index, stage in enumerate(distinct_plans(settings, dist.get_world_size())):
                 trainer.enter(index)
                 findings = agreed(_findings(trainer), device)
-                lines = methods_by_layer(trainer.context, shape, settings.at_stage(stage).training.seq_len)
+                lines = methods_by_layer(trainer.stage.context, shape, settings.at_stage(stage).training.seq_len)
                 yield "\n".join([_heading(trainer, time.perf_counter() - start), *lines]), findings
                 start = time.perf_counter()
 
 
 def _findings(trainer: ToyTrainer) -> list[Finding]:
-    plan, degrees, shape = trainer.context, trainer.meshes.degrees, trainer.shape
+    plan, degrees, shape = trainer.stage.context, trainer.stage.meshes.degrees, trainer.shape
     sizes = Sizes(
-        length=trainer.stage.training.seq_len,
+        length=trainer.stage.settings.training.seq_len,
         heads=shape.num_heads // degrees.tp,
         kv_heads=shape.num_kv_heads // degrees.tp,
         head_dim=shape.head_dim,
@@ -93,11 +93,11 @@ def _findings(trainer: ToyTrainer) -> list[Finding]:
 
 
 def _heading(trainer: ToyTrainer, seconds: float) -> str:
-    shape, degrees, settings = trainer.shape, trainer.meshes.degrees, trainer.stage
+    shape, degrees, settings = trainer.shape, trainer.stage.meshes.degrees, trainer.stage.settings
     axes = ("dp_replicate", "dp_shard", "ring", "ulysses", "tp")
     mesh = " x ".join(f"{axis} {getattr(degrees, axis)}" for axis in axes)
     return (
-        f"{title(trainer.context)} on {degrees.world} x {trainer.device.type} ({mesh})\n"
+        f"{title(trainer.stage.context)} on {degrees.world} x {trainer.device.type} ({mesh})\n"
         f"toy of {shape.num_layers} layers, dim {shape.dim}, {shape.num_heads} heads, {shape.num_kv_heads} kv heads of "
         f"{shape.head_dim}, {settings.training.seq_len} tokens, {str(trainer.precision.param).removeprefix('torch.')}, "
         f"checkpointing {settings.activation_checkpoint.mode}, "

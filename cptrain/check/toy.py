@@ -19,11 +19,7 @@ from cptrain.checkpoint.settings import CheckpointConfig
 from cptrain.context_parallel.mask import Mask
 from cptrain.context_parallel.packing import find_documents
 from cptrain.context_parallel.selfcheck import exact_dtype, scaled, small_length
-from cptrain.data.corpus import open_corpus
-from cptrain.data.prepare import prepare_corpus
 from cptrain.data.settings import TokenizerConfig
-from cptrain.data.split import Split, split_documents
-from cptrain.data.windows import Windows, build_windows
 from cptrain.distributed.settings import sequence_multiple
 from cptrain.loss import cross_entropy_sum
 from cptrain.models.init import STD
@@ -33,6 +29,7 @@ from cptrain.models.shape import ModelShape
 from cptrain.train.batch import Shard
 from cptrain.train.precision import resolve_precision
 from cptrain.train.settings import BYTE_VOCABULARY, JobConfig, TrainSettings
+from cptrain.train.texts import Texts, open_texts
 from cptrain.train.trainer import Trainer
 
 TOKENS = 128  # of a sequence, or as few more as the mesh can cut
@@ -165,19 +162,16 @@ class ToyTrainer(Trainer):
         super().__init__(settings, device)
         widen(self.model)
 
-    def _open_data(self) -> tuple[Split, Split]:
+    def _open_texts(self) -> Texts:
         settings = self.settings
         stages = range(max(1, len(settings.training.stages)))
         lengths = [settings.at_stage(index).training.seq_len for index in stages]
         # Every window holds documents beside each other.
         longest = min(lengths) * 3 // 4
         _write_text(Path(settings.data.paths[0]), tokens=max(lengths) * MOST_WINDOWS, longest=longest)
-        seed = settings.data.resolved_seed(settings.debug.seed)
-        corpus = open_corpus(prepare_corpus(settings.data, settings.tokenizer, seed=seed))
-        return split_documents(corpus, fraction=settings.data.validation_fraction, seed=seed)
-
-    def _windows(self, split: Split, length: int) -> Windows:
-        return build_windows(split, self.settings.data, seq_len=length)
+        return open_texts(
+            settings.data, settings.tokenizer, default_seed=settings.debug.seed, share=lambda make: make()
+        )
 
     def enter(self, index: int) -> None:
         """Go on to a stage, as training does."""
@@ -200,8 +194,8 @@ class ToyTrainer(Trainer):
 
     def batch(self, first: int, number: int) -> Batch:
         """Whole windows of training, [number, seq_len], the same on all ranks."""
-        batch = default_collate([self.train_windows[index] for index in range(first, first + number)])
-        return self.finish(batch) if self.finish else batch
+        batch = default_collate([self.stage.windows[index] for index in range(first, first + number)])
+        return self.stage.finish(batch) if self.stage.finish else batch
 
     def loss(self, shard: Shard) -> torch.Tensor:
         """Summed loss of this rank's part of a batch, as the training step computes it inside of the documents."""
@@ -226,16 +220,16 @@ class ToyTrainer(Trainer):
         self.optimizer.zero_grad(set_to_none=True)
         gradient = kept["embeddings"].grad
         assert gradient is not None
-        cut = shard.packed or self.context
+        cut = shard.packed or self.stage.context
         return States(*(cut.unshard(self._whole_shard(x), dim=1) for x in (kept["hidden"], gradient)))
 
     def _whole_shard(self, x: torch.Tensor) -> torch.Tensor:
         """x of all of this rank's tokens, which sequence parallel cuts once more."""
         if isinstance(x, DTensor):
             return x.full_tensor()
-        if self.meshes.degrees.tp == 1:
+        if self.stage.meshes.degrees.tp == 1:
             return x
-        return DTensor.from_local(x, self.meshes.tp, [CutAlong(1)], run_check=False).full_tensor()
+        return DTensor.from_local(x, self.stage.meshes.tp, [CutAlong(1)], run_check=False).full_tensor()
 
 
 def _write_text(path: Path, *, tokens: int, longest: int) -> None:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -17,17 +16,15 @@ from cptrain.context_parallel import description, dispatch, huggingface
 from cptrain.context_parallel.attention import Route
 from cptrain.context_parallel.attention import attention as attention_operator
 from cptrain.context_parallel.groups import Groups, make_groups
-from cptrain.context_parallel.kernels import KERNELS
-from cptrain.context_parallel.layout import LAYOUTS, Layout, length_multiple, make_layout, nearest_multiples
+from cptrain.context_parallel.layout import Layout, length_multiple, make_layout, nearest_multiples
 from cptrain.context_parallel.packed_batch import Entered, PackedBatch, rows_joined, rows_split
 from cptrain.context_parallel.packing import Packer, decode, find_documents, join_offsets
+from cptrain.context_parallel.refusals import check_entered, check_placements, check_plan, check_tensors
+from cptrain.context_parallel.regroup import regrouped_mesh
 from cptrain.context_parallel.traffic import Call
 from cptrain.context_parallel.ulysses import heads_to_sequence, replicate_kv_heads, sequence_to_heads
-from cptrain.distributed.settings import divisors, valid_ulysses_degrees
 from cptrain.distributed.transport import warm_up
 
-SEQUENCE_DIM = 2  # of q, k, v [B, H, T, D]
-HEAD_DIM = 1
 Method = Literal["auto", "ring", "ulysses", "hybrid", "all_gather"]
 
 
@@ -70,7 +67,7 @@ class ContextParallel:
 
     def __post_init__(self) -> None:
         ring, ulysses = self._size("ring"), self._size("ulysses")
-        self._check(ring, ulysses)
+        check_plan(self, ring, ulysses)
         if self.method == "auto":
             kinds = {(True, True): "hybrid", (True, False): "ring", (False, True): "ulysses", (False, False): "auto"}
             self._set("method", kinds[ring > 1, ulysses > 1])
@@ -201,10 +198,10 @@ class ContextParallel:
         """
         if isinstance(q, DTensor) or isinstance(k, DTensor) or isinstance(v, DTensor):
             return self._dtensor_attention(q, k, v, is_causal=is_causal, window_size=window_size, scale=scale)
-        self._check_tensors(q, k, v, is_causal, window_size)
+        check_tensors(q, k, v, is_causal=is_causal, window_size=window_size, ulysses_degree=self.ulysses_degree)
         packing, route = self._entered.packing, self._entered.route or self._route
         if self.layout == "balanced":
-            self._check_entered(q, is_causal)
+            check_entered(self._entered.shape, q, is_causal=is_causal, degree=self.degree)
         if self.ulysses_degree > 1:
             k, v = (replicate_kv_heads(x, self.ulysses_degree) for x in (k, v))
             q, k, v = (sequence_to_heads(x, self._heads_group) for x in (q, k, v))
@@ -252,7 +249,7 @@ class ContextParallel:
         key = (ring, ulysses, method, ring_inner_degree, data)
         if key not in self._family:
             plan = ContextParallel(
-                self._reshaped_mesh(ring, ulysses, data),
+                regrouped_mesh(self.mesh, (self.ring or "ring", self.ulysses or "ulysses"), (ring, ulysses), data=data),
                 ring=self.ring or "ring",
                 ulysses=self.ulysses or "ulysses",
                 method=method,
@@ -265,29 +262,6 @@ class ContextParallel:
             plan._set("_family", self._family)
             self._family[key] = plan
         return self._family[key]
-
-    def _reshaped_mesh(self, ring: int, ulysses: int, data: str) -> DeviceMesh:
-        """The mesh with its data, ring and ulysses axes divided anew, in the same order over the same ranks."""
-        names = self.mesh.mesh_dim_names or ()
-        context = [self.ring or "ring", self.ulysses or "ulysses"]
-        ours = [axis for axis in names if axis in (data, *context)]
-        total = math.prod(self.mesh.size(names.index(axis)) for axis in ours)
-        if min(ring, ulysses) < 1 or total % (ring * ulysses) or (data not in names and total != ring * ulysses):
-            raise ValueError(
-                f"ring {ring} x ulysses {ulysses} does not fit the {total} ranks of {' x '.join(ours)}: the product "
-                f"must {'divide' if data in names else 'be'} {total}"
-            )
-        if self.mesh.size() != dist.get_world_size():
-            raise ValueError(
-                f"the mesh has {self.mesh.size()} of {dist.get_world_size()} ranks; regroup needs one with all of them"
-            )
-        sizes = {data: total // (ring * ulysses), context[0]: ring, context[1]: ulysses}
-        wanted = [axis for axis in ours if axis == data]
-        wanted += sorted(context, key=lambda axis: names.index(axis) if axis in names else len(names))
-        others = [axis for axis in names if axis not in ours]
-        ranks = self.mesh.mesh.permute([names.index(axis) for axis in (*others, *ours)])
-        shape = [*(self.mesh.size(names.index(axis)) for axis in others), *(sizes[axis] for axis in wanted)]
-        return DeviceMesh(self.mesh.device_type, ranks.reshape(shape), mesh_dim_names=(*others, *wanted))
 
     def summary(self) -> str:
         """One line: method, degrees, layout and hops."""
@@ -322,38 +296,6 @@ class ContextParallel:
         if axis not in names:
             raise ValueError(f'{kind} = "{axis}": the mesh has the axes {", ".join(names) or "without names"}')
         return self.mesh.size(names.index(axis))
-
-    def _check(self, ring: int, ulysses: int) -> None:
-        if self.ring is not None and self.ring == self.ulysses:
-            raise ValueError(
-                f'ring and ulysses are both "{self.ring}": one axis cuts the sequence once; set one to None'
-            )
-        if self.layout not in (*LAYOUTS, "balanced"):
-            raise ValueError(f'layout = "{self.layout}": must be one of {", ".join((*LAYOUTS, "balanced"))}')
-        if self.chunk_size != "auto" and self.chunk_size < 1:
-            raise ValueError(f'chunk_size = {self.chunk_size}: must be a number of tokens, or "auto"')
-        names = ["auto", *(kernel.name for kernel in KERNELS)]
-        if self.kernel not in names:
-            raise ValueError(f'kernel = "{self.kernel}": must be one of {", ".join(names)}')
-        possible = {
-            "auto": True,
-            "ring": ulysses == 1,
-            "all_gather": ulysses == 1,
-            "ulysses": ring == 1,
-            "hybrid": (ring > 1) == (ulysses > 1),
-        }
-        if self.method not in possible:
-            raise ValueError(f'method = "{self.method}": must be one of {", ".join(possible)}')
-        if not possible[self.method]:
-            fitting = [name for name, fits in possible.items() if fits]
-            raise ValueError(
-                f'method = "{self.method}": ring degree {ring} and ulysses degree {ulysses} allow {", ".join(fitting)}'
-            )
-        if self.ring_inner_degree not in divisors(ring):
-            raise ValueError(
-                f"ring_inner_degree = {self.ring_inner_degree}: a ring of {ring} allows "
-                f"{', '.join(map(str, divisors(ring)))}"
-            )
 
     def _place(self) -> int:
         """This rank's place in the order of `_pieces`."""
@@ -398,24 +340,6 @@ class ContextParallel:
                 f'{name} of a plan with layout="balanced": where tokens lie differs by batch; use {instead}'
             )
 
-    def _check_entered(self, q: torch.Tensor, is_causal: bool) -> None:
-        """Without this, tokens would silently see other documents, or keys that lie elsewhere."""
-        rows, length = self._entered.shape
-        if not rows:
-            raise RuntimeError(
-                'attention of a plan with layout="balanced" outside of a batch: forward and backward (which may '
-                "recompute) belong inside of `with cp.pack(document_ids) as batch:`"
-            )
-        if not is_causal:
-            raise NotImplementedError(
-                "is_causal=False inside of packed documents is not supported: attention there is causal"
-            )
-        if (q.size(0), q.size(SEQUENCE_DIM) * self.degree) != (rows, length):
-            raise ValueError(
-                f"q {tuple(q.shape)} on {self.degree} ranks is not the batch that was entered, of {rows} rows and "
-                f"{length} tokens"
-            )
-
     def _gathered(self, x: torch.Tensor, dim: int) -> torch.Tensor:
         """The whole tensor along `dim`, on every rank, in the order of the shards."""
         if not self._axes:
@@ -440,59 +364,8 @@ class ContextParallel:
             return DTensor.from_local(part, self.mesh, [Replicate()] * self.mesh.ndim, run_check=False)
         return DTensor.from_local(part, self.mesh[self._axes], [Shard(dim)] * len(self._axes), run_check=False)
 
-    def _check_tensors(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, is_causal: bool, window_size: int | None
-    ) -> None:
-        if {q.ndim, k.ndim, v.ndim} != {4}:
-            raise ValueError(f"q, k, v have {q.ndim}, {k.ndim}, {v.ndim} dims; they must be [B, H, T, D]")
-        if not q.dtype == k.dtype == v.dtype:
-            raise ValueError(f"q is {q.dtype}, k {k.dtype}, v {v.dtype}: cast them to one dtype")
-        heads, kv_heads = q.size(HEAD_DIM), k.size(HEAD_DIM)
-        if k.shape[:3] != v.shape[:3] or q.size(0) != k.size(0) or q.size(-1) != k.size(-1):
-            raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit together")
-        if is_causal and q.size(SEQUENCE_DIM) != k.size(SEQUENCE_DIM):
-            raise ValueError(
-                f"{q.size(SEQUENCE_DIM)} query and {k.size(SEQUENCE_DIM)} key tokens per rank: a causal mask needs as "
-                "many keys as queries; use is_causal=False for cross-attention"
-            )
-        if window_size is not None and (window_size < 1 or not is_causal):
-            raise ValueError(f"window_size = {window_size}: must be at least 1, with is_causal=True; or leave it out")
-        if heads % kv_heads:
-            raise ValueError(f"{heads} query heads are not a multiple of {kv_heads} kv heads")
-        valid = valid_ulysses_degrees(heads, kv_heads)
-        if self.ulysses_degree not in valid:
-            raise ValueError(
-                f"ulysses degree {self.ulysses_degree}: {heads} heads and {kv_heads} kv heads on this rank allow "
-                f"{', '.join(map(str, valid))}; or give the rest to the ring"
-            )
-
     def _dtensor_attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
         """`attention` for DTensors: placements are checked against the plan, the work is on local tensors."""
-        local = []
-        for name, x in (("q", q), ("k", k), ("v", v)):
-            if not isinstance(x, DTensor):
-                raise ValueError(
-                    f"{name} is a plain tensor while another of q, k, v is a DTensor; make all of them one kind"
-                )
-            axes = x.device_mesh.mesh_dim_names or ()
-            missing = [axis for axis in self._axes if axis not in axes]
-            if missing:
-                raise ValueError(
-                    f"{name} is a DTensor on the axes {axes}; the sequence is cut over {', '.join(missing)}"
-                )
-            for axis, placement in zip(axes, x.placements, strict=True):
-                allowed = [Shard(SEQUENCE_DIM)] if axis in self._axes else [Replicate(), Shard(0), Shard(HEAD_DIM)]
-                if placement not in allowed:
-                    raise ValueError(
-                        f"{name} is {placement} on {axis}; needed is {' or '.join(map(str, allowed))}: redistribute it"
-                    )
-            local.append(x.to_local())
-        assert isinstance(q, DTensor) and isinstance(k, DTensor) and isinstance(v, DTensor)
-        # Local head groups would pair the wrong heads if queries were cut and keys were not.
-        if not (q.device_mesh == k.device_mesh == v.device_mesh and q.placements == k.placements == v.placements):
-            raise ValueError(
-                f"q, k, v are {q.placements}, {k.placements}, {v.placements} on axes {q.device_mesh.mesh_dim_names}; "
-                "they must be cut alike: redistribute them"
-            )
-        out = self.attention(*local, **options)
+        q, k, v = check_placements(q, k, v, axes=self._axes)
+        out = self.attention(q.to_local(), k.to_local(), v.to_local(), **options)
         return DTensor.from_local(out, q.device_mesh, q.placements, run_check=False)

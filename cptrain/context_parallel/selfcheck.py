@@ -23,13 +23,14 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from cptrain.context_parallel.api import HEAD_DIM, SEQUENCE_DIM, ContextParallel
+from cptrain.context_parallel.api import ContextParallel
 from cptrain.context_parallel.finding import Finding
 from cptrain.context_parallel.kernels import choose_kernel
 from cptrain.context_parallel.layout import Layout
 from cptrain.context_parallel.mask import Documents, Mask
 from cptrain.context_parallel.packed_batch import PackedBatch
 from cptrain.context_parallel.packing import pack
+from cptrain.context_parallel.refusals import HEAD_DIM, SEQUENCE_DIM
 from cptrain.distributed.settings import divisors
 
 EXACT = 1e-10  # largest difference allowed in fp64, of values of about 1

@@ -22,14 +22,10 @@ from cptrain.checkpoint.checkpointer import Checkpointer
 from cptrain.checkpoint.state import training_state
 from cptrain.config.document import dump
 from cptrain.context_parallel.kernels import choose_kernel
-from cptrain.data.corpus import open_corpus
-from cptrain.data.loader import TrainBatches, validation_batches
-from cptrain.data.prepare import prepare_corpus
-from cptrain.data.split import Split, split_documents
+from cptrain.data.loader import validation_batches
 from cptrain.data.tokenizer import build_tokenizer
-from cptrain.data.windows import Windows, build_windows
 from cptrain.distributed.mesh import build_meshes
-from cptrain.distributed.process_group import first_rank_result, set_timeouts
+from cptrain.distributed.process_group import set_timeouts
 from cptrain.loss import IGNORED, cross_entropy_sum
 from cptrain.metrics.flops import training_flops
 from cptrain.metrics.logger import Metrics
@@ -39,13 +35,15 @@ from cptrain.optim.adamw import build_optimizer, set_learning_rate
 from cptrain.optim.clip import clip_grad_norm
 from cptrain.optim.schedule import learning_rate
 from cptrain.parallel.apply import apply_context_parallel, parallelise
-from cptrain.train.batch import PACKING, Counts, PackDocuments, Shard
+from cptrain.train.batch import PACKING, Counts, Shard
 from cptrain.train.environment import write_environment
 from cptrain.train.interruption import Interruption
 from cptrain.train.precision import resolve_precision
 from cptrain.train.report import describe
 from cptrain.train.settings import TrainSettings
+from cptrain.train.stage import Plan, Stage
 from cptrain.train.startup import StartupCheck
+from cptrain.train.texts import Texts, check_same_data, open_texts
 
 logger = logging.getLogger("cptrain")
 
@@ -67,15 +65,15 @@ class Trainer:
 
         tokenizer = build_tokenizer(settings.tokenizer)
         self.shape = settings.shape(tokenizer.vocab_size)
-        self.stage = settings.at_stage(0)
-        degrees = self.stage.degrees(self.world_size, self.shape)
-        self.meshes = build_meshes(degrees, device, order=settings.parallelism.context_parallel_order)
-        self.training_split, self.held_out_split = self._open_data()
+        first = settings.at_stage(0)
+        degrees = first.degrees(self.world_size, self.shape)
+        meshes = build_meshes(degrees, device, order=settings.parallelism.context_parallel_order)
+        self.texts = self._open_texts()
         self.precision = resolve_precision(settings.training, device)
         self.parallel = parallelise(
             self.shape,
-            self.meshes,
-            parallelism=self.stage.parallelism,
+            meshes,
+            parallelism=first.parallelism,
             layout=settings.layout,
             activation_checkpoint=settings.activation_checkpoint,
             compile=settings.compile,
@@ -83,22 +81,21 @@ class Trainer:
             seed=settings.debug.seed,
         )
         self.model = self.parallel.model
-        self.context = self.parallel.context
+        self.plan = Plan(first, meshes, self.parallel.context)
         self.optimizer = build_optimizer(self.model, settings.optimizer)
         self.startup_check = StartupCheck(
             self.shape, tp=degrees.tp, dtype=self.precision.param, enabled=settings.debug.startup_check
         )
 
         self.step = 0
-        self.stage_index = 0
         self.tokens_seen = 0
         gloo = dist.new_group(backend="gloo") if self.world_size > 1 else None
         self.checkpointer = Checkpointer(settings.checkpoint, settings.job.folder, gloo, mesh=asdict(degrees))
         self.toml = dump(settings)
-        data = self._resume()
-        self.batches: TrainBatches | None = None
-        self._enter_stage(settings.stage_of(self.step + 1))
-        self._check_data(data)
+        data_of_checkpoint = self._resume()
+        self.stage_index = settings.stage_of(self.step + 1)
+        self.stage = self._make_stage()
+        check_same_data(self.stage.windows.identity(), data_of_checkpoint, job=settings.job.name)
         self.metrics = Metrics(
             settings.metrics,
             folder=settings.job.folder,
@@ -152,10 +149,9 @@ class Trainer:
         """One optimizer step over the global batch."""
         start = time.perf_counter()
         step, settings = self.step + 1, self.settings
-        assert self.batches is not None
         lr = learning_rate(step, settings.lr_scheduler, lr=settings.optimizer.lr, total_steps=settings.training.steps)
         set_learning_rate(self.optimizer, lr)
-        batches = [next(self.batches) for _ in range(self.batches.micro_batches)]
+        batches = [next(self.stage.batches) for _ in range(self.stage.batches.micro_batches)]
         shards = [self.shard(batch) for batch in batches]
         data_time_s = time.perf_counter() - start
 
@@ -181,11 +177,11 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
 
         self.step = step
-        self.tokens_seen += self.tokens_per_step
+        self.tokens_seen += self.stage.tokens_per_step
         loss = max_loss = float("nan")
         if self.metrics.due(step):
-            loss = (self.meshes.sum_over_batch(loss_here.clone()) / valid).item()
-            max_loss = self.meshes.max_over_batch(loss_here / max(int(valid_here), 1)).item()
+            loss = (self.stage.meshes.sum_over_batch(loss_here.clone()) / valid).item()
+            max_loss = self.stage.meshes.max_over_batch(loss_here / max(int(valid_here), 1)).item()
         self.metrics.record(
             StepRecord(
                 step=step,
@@ -193,42 +189,43 @@ class Trainer:
                 max_loss=max_loss,
                 grad_norm=grad_norm,
                 lr=lr,
-                tokens=self.tokens_per_step,
+                tokens=self.stage.tokens_per_step,
                 tokens_seen=self.tokens_seen,
                 step_time_s=time.perf_counter() - start,
                 data_time_s=data_time_s,
-                flops=training_flops(self.shape, tokens=self.tokens_per_step, pairs=counts.pairs),
-                extra=counts.curves(self.tokens_per_step),
+                flops=training_flops(self.shape, tokens=self.stage.tokens_per_step, pairs=counts.pairs),
+                extra=counts.curves(self.stage.tokens_per_step),
             )
         )
 
     @torch.no_grad()
     def validate(self) -> float:
         """Mean loss over the held-out windows, the same ones whatever the mesh. Touches neither data order nor RNG."""
-        assert self.validation_windows is not None
-        settings, degrees = self.stage, self.meshes.degrees
+        stage, settings, degrees = self.stage, self.stage.settings, self.stage.meshes.degrees
+        assert stage.held_out is not None
         limit = settings.validation.steps * settings.global_batch_size(degrees)
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         for batch in validation_batches(
-            self.validation_windows,
+            stage.held_out,
             local_batch_size=settings.training.local_batch_size,
-            dp_rank=self.meshes.data_rank,
+            dp_rank=stage.meshes.data_rank,
             dp_degree=degrees.data,
             num_windows="all" if settings.validation.steps == -1 else limit,
-            finish=self.finish,
+            finish=stage.finish,
         ):
             shard = self.shard(batch)
             head = partial(cross_entropy_sum, labels=shard.labels)
             with shard.documents_entered():
                 totals[0] += self.model(shard.tokens, shard.positions, head=head)
             totals[1] += (shard.labels != IGNORED).sum()
-        total, count = self.meshes.sum_over_batch(totals).tolist()
+        total, count = stage.meshes.sum_over_batch(totals).tolist()
         return total / max(count, 1)
 
     def shard(self, batch: dict[str, torch.Tensor]) -> Shard:
         """This rank's part of a batch of whole windows [B, S], as DTensors cut along S and taken locally."""
-        packed = self.context.packed(batch[PACKING]) if PACKING in batch else None
-        parts = (packed or self.context).shard(
+        context = self.stage.context
+        packed = context.packed(batch[PACKING]) if PACKING in batch else None
+        parts = (packed or context).shard(
             *(batch[key].to(self.device, non_blocking=True) for key in ("tokens", "labels", "positions")),
             dim=1,
             as_dtensor=True,
@@ -241,15 +238,14 @@ class Trainer:
         train_state = {
             "step": self.step,
             "tokens_seen": self.tokens_seen,
-            "data": self.train_windows.identity(),
+            "data": self.stage.windows.identity(),
             "world_size": self.world_size,
         }
         self.checkpointer.save(self.step, self._state(), train_state, self.toml)
 
     def close(self) -> None:
         """Stop the data workers and write out the metrics."""
-        if self.batches is not None:
-            self.batches.close()
+        self.stage.close()
         self.metrics.close()
 
     def __enter__(self) -> Self:
@@ -262,54 +258,24 @@ class Trainer:
         return {**training_state(self.model, self.optimizer), rng.SECTION: rng.capture(self.rank)}
 
     def _enter_stage(self, index: int) -> None:
-        """Put a stage's length, batches and context-parallel plan in place; does nothing inside of one.
-
-        Where a stage begins to read is a function of the tokens seen. At an unchanged length that is the next sample;
-        another length is shuffled in an order of its own, which begins at the same share of the epoch.
-        """
-        if self.batches is not None and index == self.stage_index:
+        """Put a stage's length, batches and context-parallel plan in place; does nothing inside of one."""
+        if index == self.stage_index:
             return
-        first, before = self.batches is None, self.stage
+        self.stage.close()
         self.stage_index = index
-        self.stage = stage = self.settings.at_stage(index)
-        degrees = stage.degrees(self.world_size, self.shape)
-        if stage.parallelism != before.parallelism:
-            gathers = stage.parallelism.context_parallel_method == "all_gather" and degrees.ring > 1
-            self.context = self.parallel.context.regroup(
-                ring=degrees.ring,
-                ulysses=degrees.ulysses,
-                method="all_gather" if gathers else "auto",
-                ring_inner_degree=stage.parallelism.ring_inner_degree,
-            )
-            self.meshes = self.meshes.regrouped(self.context.mesh, degrees)
-            apply_context_parallel(self.model, self.context)
-        length, global_batch = stage.training.seq_len, stage.global_batch_size(degrees)
-        self.train_windows = self._windows(self.training_split, length)
-        self.validation_windows = self._windows(self.held_out_split, length) if stage.validation.enable else None
-        # Work is balanced for the layers that see most.
-        windows = self.shape.windows()
-        packer = self.context.packer(max(windows) if all(windows) else 0)
-        self.finish = PackDocuments(packer) if stage.data.document_mask else None
-        if self.batches is not None:
-            self.batches.close()
-        self.batches = TrainBatches(
-            self.train_windows,
-            start_index=-(-self.tokens_seen // length),
-            global_batch_size=global_batch,
-            local_batch_size=stage.training.local_batch_size,
-            dp_rank=self.meshes.data_rank,
-            dp_degree=degrees.data,
-            num_workers=stage.data.num_workers,
-            prefetch_factor=stage.data.prefetch_factor,
-            finish=self.finish,
-        )
-        self.tokens_per_step = global_batch * length
-        if not first and self.rank == 0:
-            logger.info(
-                f"stage {index + 1} from step {self.step + 1}: {global_batch} x {length:,} tokens, "
-                f"{self.context.summary()}, data parallel {degrees.data}"
-            )
-        self.startup_check(self.context, length)
+        self.stage = self._make_stage()
+        if self.rank == 0:
+            logger.info(f"stage {index + 1} from step {self.step + 1}: {self.stage.summary()}")
+
+    def _make_stage(self) -> Stage:
+        """The stage of `stage_index`, for which the model is switched over and checked."""
+        before = self.plan
+        self.plan = before.changed(self.settings.at_stage(self.stage_index), self.shape)
+        if self.plan.context is not before.context:
+            apply_context_parallel(self.model, self.plan.context)
+        stage = Stage(self.plan, self.texts, self.shape, tokens_seen=self.tokens_seen)
+        self.startup_check(stage.context, stage.settings.training.seq_len)
+        return stage
 
     def _resume(self) -> dict[str, Any]:
         """Take the state of the newest checkpoint, if there is one; returns what its data were, else nothing."""
@@ -321,28 +287,9 @@ class Trainer:
         self.step, self.tokens_seen = found["step"], found["tokens_seen"]
         return found["data"]
 
-    def _check_data(self, theirs: dict[str, Any]) -> None:
-        """ValueError unless the checkpoint that this run goes on from, if any, read the same data in the same order."""
-        ours = self.train_windows.identity()
-        differing = [key for key in {**theirs, **ours} if theirs and theirs.get(key) != ours.get(key)]
-        if differing:
-            was = ", ".join(f"{key} = {theirs.get(key, 'unset')} (here {ours.get(key, 'unset')})" for key in differing)
-            raise ValueError(
-                f"cannot resume job.name = {self.settings.job.name}: its checkpoint was trained with {was}, which "
-                "decides the order of the data; restore these, or choose another job.name for a new run"
-            )
-
-    def _open_data(self) -> tuple[Split, Split]:
-        """(training, held-out) text; rank 0 prepares it, and its errors are raised on all ranks."""
-        settings = self.settings
-        seed = settings.data.resolved_seed(settings.debug.seed)
-        folder = first_rank_result(lambda: prepare_corpus(settings.data, settings.tokenizer, seed=seed))
-        corpus = open_corpus(folder)
-        return split_documents(corpus, fraction=settings.data.validation_fraction, seed=seed)
-
-    def _windows(self, split: Split, length: int) -> Windows:
-        """Windows of a split; rank 0 makes what is kept on disk, and its errors are raised on all ranks."""
-        return first_rank_result(lambda: build_windows(split, self.settings.data, seq_len=length))
+    def _open_texts(self) -> Texts:
+        """What is trained on; rank 0 prepares it, and its errors are raised on all ranks."""
+        return open_texts(self.settings.data, self.settings.tokenizer, default_seed=self.settings.debug.seed)
 
     def _count(
         self, valid_here: torch.Tensor | int, batches: list[dict[str, torch.Tensor]], shards: list[Shard]
@@ -352,7 +299,7 @@ class Trainer:
         numbers = torch.tensor([0, *Counts.total(here).to_list()]).to(self.device)
         numbers[0] += valid_here
         valid, *others = self._sum_over_ranks(numbers).tolist()
-        degrees = self.meshes.degrees
+        degrees = self.stage.meshes.degrees
         # Tensor-parallel peers hold the same tokens, and context-parallel peers read the same batches.
         copies = degrees.tp * degrees.context
         return max(valid // degrees.tp, 1), Counts.from_list([number // copies for number in others])
@@ -375,7 +322,7 @@ class Trainer:
         (folder / "config.toml").write_text(self.toml, encoding="utf-8")
         write_environment(folder / "environment.json", self.world_size)
         for line in describe(
-            self.stage, self.meshes.degrees, self.shape, context_modules=self.parallel.context_modules
+            self.stage.settings, self.stage.meshes.degrees, self.shape, context_modules=self.parallel.context_modules
         ).splitlines():
             logger.info(line)
         if self.parallel.context_modules:
