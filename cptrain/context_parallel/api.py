@@ -28,6 +28,10 @@ from cptrain.distributed.transport import warm_up
 
 SEQUENCE_DIM = 2  # of q, k, v [B, H, T, D]
 HEAD_DIM = 1
+OUTSIDE = (
+    'attention of a plan with layout="balanced" outside of a batch: forward and backward (which may recompute) belong '
+    "inside of `with cp.pack(document_ids) as batch:`"
+)
 Method = Literal["auto", "ring", "ulysses", "hybrid", "all_gather"]
 
 
@@ -230,7 +234,7 @@ class ContextParallel:
         windows = huggingface.prepare(
             model,
             matched,
-            positions=self._local_positions,
+            positions=self._positions_allowed,
             degree=self.degree,
             window_size=window_size,
             packed=self.layout == "balanced",
@@ -402,10 +406,7 @@ class ContextParallel:
         """Without this, tokens would silently see other documents, or keys that lie elsewhere."""
         rows, length = self._entered.shape
         if not rows:
-            raise RuntimeError(
-                'attention of a plan with layout="balanced" outside of a batch: forward and backward (which may '
-                "recompute) belong inside of `with cp.pack(document_ids) as batch:`"
-            )
+            raise RuntimeError(OUTSIDE)
         if not is_causal:
             raise NotImplementedError(
                 "is_causal=False inside of packed documents is not supported: attention there is causal"
@@ -426,9 +427,17 @@ class ContextParallel:
             cut = cut.redistribute(placements=[*cut.placements[:axis], *[Replicate()] * (cut.device_mesh.ndim - axis)])
         return cut.full_tensor()
 
-    def _local_positions(self, length: int) -> torch.Tensor:
-        """Global positions of this rank's tokens when it holds `length` of them. Shape [length]."""
-        return self._pieces(length * self.degree)[self._place()]
+    def _positions_allowed(self, length: int) -> tuple[torch.Tensor, ...]:
+        """Positions that this rank's tokens may have, each [rows, length], where -1 leaves one open.
+
+        length: of what this rank holds of a row; those of a batch that was entered have its own shape.
+        Raises RuntimeError for a "balanced" plan outside of a batch.
+        """
+        if self.layout != "balanced":
+            return (self._pieces(length * self.degree)[self._place()][None],)
+        if self._entered.batch is None:
+            raise RuntimeError(OUTSIDE)
+        return self._entered.batch._positions
 
     def ring_layout(self, length: int) -> Layout:
         """How the ring cuts a sequence of `length`. ValueError for a plan that deals chunks anew for every batch."""

@@ -23,21 +23,23 @@ class Entered:
     """The batch that a plan is inside of: the one thing about a plan that changes.
 
     Read by every attention of the plan, in whatever thread a backward pass recomputes it: no context variable.
-    packing: encoded, None outside of batches. route: of its keys. shape: rows, tokens of a row. num_compared: how many
-    batches the ranks have compared so far.
+    batch: None outside of batches. packing: of it, encoded. route: of its keys. shape: rows, tokens of a row.
+    num_compared: how many batches the ranks have compared so far.
     """
 
     def __init__(self) -> None:
+        self.batch: PackedBatch | None = None
         self.packing: torch.Tensor | None = None
         self.route = ""
         self.shape = (0, 0)
         self.num_compared = 0
 
-    def enter(self, packing: torch.Tensor, route: str, shape: tuple[int, int]) -> None:
-        self.packing, self.route, self.shape = packing, route, shape
+    def enter(self, batch: PackedBatch, route: str) -> None:
+        self.batch, self.packing, self.route = batch, batch.encoded, route
+        self.shape = (batch.packing.num_rows, batch.packing.row_length)
 
     def leave(self) -> None:
-        self.packing, self.route, self.shape = None, "", (0, 0)
+        self.batch, self.packing, self.route, self.shape = None, None, "", (0, 0)
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class PackedBatch:
         exchanges = plan.method != "all_gather" and plan.ring_degree > 1
         exchanges = exchanges and packing.exchange_is_cheaper(plan.ring_inner_degree)
         route = plan._exchange_route if exchanges else plan._route
-        plan._entered.enter(self.encoded, route, (packing.num_rows, packing.row_length))
+        plan._entered.enter(self, route)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -103,6 +105,12 @@ class PackedBatch:
         """Place in its row of every token of this rank: [B, T]."""
         plan = self.plan
         return self.packing.positions_of(plan.ring_rank).unflatten(1, (plan.ulysses_degree, -1))[:, plan.ulysses_rank]
+
+    @cached_property
+    def _positions(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions that this rank's tokens may have: begun anew in each document, or in each row; -1 for padding."""
+        anew = self.packing.begun_anew(self._index)
+        return anew, self._index.masked_fill(anew < 0, -1)
 
     def _check_shape(self, rows: int, length: int, x: torch.Tensor, dim: int) -> None:
         if (rows, length) != (self.packing.num_rows, self.packing.row_length):
