@@ -6,6 +6,7 @@ transformers is imported by the workers only: they are few, and it takes seconds
 from __future__ import annotations
 
 import copy
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]},
     ),
 }
+CLASSES = {
+    "Bert": "BertForMaskedLM",
+    "GPT2": "GPT2LMHeadModel",
+    "Llama4Text": "Llama4ForCausalLM",
+    "T5": "T5ForConditionalGeneration",
+}
 PLANS: dict[str, tuple[int, dict[str, Any]]] = {
     "ring 2": (2, {"ring": 2}),
     "ulysses 2": (2, {"ulysses": 2}),
@@ -59,7 +66,7 @@ def make_model(family: str = "Llama", **keys: Any) -> Any:
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(**SIZES | keys)
-    model = getattr(transformers, f"{family}ForCausalLM")(config).double()
+    model = getattr(transformers, CLASSES.get(family, f"{family}ForCausalLM"))(config).double()
     for weight in model.parameters():
         # Stronger than as initialised: attention is far from uniform then, and a wrong mask shows.
         torch.nn.init.normal_(weight, 1.0 if weight.ndim == 1 else 0.0, 0.3)
@@ -68,8 +75,9 @@ def make_model(family: str = "Llama", **keys: Any) -> Any:
 
 def set_scale(model: Any) -> Any:
     """The model with a scale of the scores that is not what is taken where none is given."""
-    for layer in model.model.layers:
-        layer.self_attn.scaling = 0.8
+    for module in model.modules():
+        if hasattr(module, "scaling"):
+            module.scaling = 0.8
     return model
 
 
@@ -303,7 +311,6 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "encoder and decoder": ("T5", {}, r"T5Stack is not a causal decoder"),
     "counts from 0": ("Bart", {"d_model": 16}, r"BartDecoder takes no position_ids"),
 }
-CLASSES = {"Bert": "BertForMaskedLM", "T5": "T5ForConditionalGeneration", "Llama4Text": "Llama4ForCausalLM"}
 
 
 def refuse_models(rank: int, world: int) -> dict[str, str]:
@@ -356,11 +363,15 @@ def calls(cp: ContextParallel) -> dict[str, tuple[tuple[Any, ...], dict[str, Any
             {},
             r"^ValueError: position_ids\[0, \d+\] = \d+, but this rank holds",
         ),
-        "packed documents": ((tokens,), {"position_ids": begun_anew}, r"^ValueError: .*begin anew \(documents packed"),
+        "packed documents": (
+            (tokens,),
+            {"position_ids": begun_anew},
+            r'^ValueError: .*begin anew .* layout="balanced"',
+        ),
         "packed documents, flash": (
             (tokens,),
             good | {"cu_seq_lens_q": torch.tensor([0, 4, 12])},
-            r"^NotImplementedError: LlamaAttention of layer 0 asks for cu_seq_lens_q: .*one document per row",
+            r'^NotImplementedError: LlamaAttention of layer 0 asks for cu_seq_lens_q: .*; leave it out; .*="balanced"',
         ),
         "three positions per token": (
             (tokens,),
@@ -476,3 +487,205 @@ def refused_rest(pool) -> dict[str, str]:
 @pytest.mark.parametrize("name", REST)
 def test_hf_refuses_to_be_half_applied(refused_rest, name):
     assert re.search(REST[name], refused_rest[name]), refused_rest[name]
+
+
+# Learned positions (GPT-2) show where each document begins; rotary ones only distances inside of it.
+PACKED_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "mistral, window": ("Mistral", {"sliding_window": WINDOW}),
+    "gpt-2": ("GPT2", {"n_positions": LENGTH, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}),
+}
+PACKED_PLANS = PLANS | {"one rank": (1, {}), "ring 4": (4, {"ring": 4})}
+ATTENTION = ["*.self_attn", "*.attn"]
+# Lengths of the documents of each row; a negative one is padding.
+PACKS = (((10, 1, 13), (2, 15, -7)), ((LENGTH,), (-1, 5, 7, 11)))
+
+
+def packed_batch(rows: tuple[tuple[int, ...], ...]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Global tokens, labels (shifted inside of documents), positions (anew in each) and ids of documents."""
+    tokens, labels, _ = batch()
+    labels, positions, ids = labels.clone(), torch.zeros_like(tokens), torch.full_like(tokens, -1)
+    for row, number, span in spans(rows):
+        positions[row, span] = torch.arange(span.stop - span.start)
+        ids[row, span] = number
+        labels[row, span.stop - 1] = -100
+    return tokens, labels.masked_fill(ids < 0, -100), positions, ids
+
+
+def spans(rows: tuple[tuple[int, ...], ...]) -> list[tuple[int, int, slice]]:
+    """Row, number in it and tokens of every document."""
+    found = []
+    for row, lengths in enumerate(rows):
+        ends = list(itertools.accumulate(abs(n) for n in lengths))
+        found += [(row, k, slice(end - n, end)) for k, (n, end) in enumerate(zip(lengths, ends, strict=True)) if n > 0]
+    return found
+
+
+def assert_equal_to_each_document_by_itself(
+    model: Any, reference: Any, cp: ContextParallel, rows: tuple[tuple[int, ...], ...], *, give_positions: bool
+) -> None:
+    """Logits and every gradient of an applied model are those of the reference called once for every document."""
+    model.zero_grad()
+    reference.zero_grad()
+    tokens, labels, positions, ids = packed_batch(rows)
+    expected = torch.zeros(*tokens.shape, VOCABULARY, dtype=torch.float64)
+    for row, _, span in spans(rows):
+        logits = reference(input_ids=tokens[row : row + 1, span]).logits[0]
+        F.cross_entropy(logits, labels[row, span], reduction="sum").backward()
+        expected[row, span] = logits.detach()
+    packed = cp.pack(ids)
+    tokens, labels, positions = packed.shard(tokens, labels, positions)
+    with packed:
+        logits = model(input_ids=tokens, **({"position_ids": positions} if give_positions else {})).logits
+        F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").backward()
+    assert_matches(packed.unshard(logits.detach(), dim=1)[ids >= 0], expected[ids >= 0])
+    for (name, ours), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):
+        try:
+            assert_matches(total(ours.grad), theirs.grad)
+        except AssertionError as error:
+            raise AssertionError(f"gradient of {name}: {error}") from None
+
+
+def packed_parity(rank: int, world: int, options: dict[str, Any]) -> None:
+    cp = make_plan(layout="balanced", chunk_size=3, **options)
+    for family, keys in PACKED_FAMILIES.values():
+        model = make_model(family, **keys)
+        reference, masks = copy.deepcopy(model), []
+        first = model.get_submodule(cp.apply(model, modules=ATTENTION)[0])
+        first.register_forward_pre_hook(
+            lambda _, args, given, m=masks: m.append(given["attention_mask"]), with_kwargs=True
+        )
+        assert_equal_to_each_document_by_itself(model, reference, cp, PACKS[0], give_positions=True)
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        assert_equal_to_each_document_by_itself(model, reference, cp, PACKS[1], give_positions=False)
+        assert masks == [None] * 3, "checkpointing recomputed nothing, or there was a mask"
+
+
+@pytest.mark.parametrize("plan", PACKED_PLANS)
+def test_hf_packed_logits_and_every_gradient_equal_each_document_by_itself(pool, plan):
+    world, options = PACKED_PLANS[plan]
+    pool.run(world, packed_parity, options)
+
+
+def packed_calls(cp: ContextParallel) -> dict[str, tuple[dict[str, Any], str]]:
+    """Arguments of a call inside of the first pack, and what the refusal says."""
+    import transformers
+
+    tokens, labels, positions, ids = packed_batch(PACKS[0])
+    packed, other = cp.pack(ids), cp.pack(packed_batch(PACKS[1])[3])
+    in_rows, whole = packed.shard(batch()[2]), positions
+    of_other = other.shard(packed_batch(PACKS[1])[2])
+    shifted = packed.shard(positions + (positions > 0))
+    tokens, labels, positions, ids = packed.shard(tokens, labels, positions, ids)
+    ones, good = torch.ones_like(tokens), {"input_ids": tokens, "position_ids": positions}
+    differ = r"^ValueError: position_ids\[\d, \d+\] = \d+, but this rank holds position \d+ there: .*batch\.shard"
+    return {
+        "nothing": (good, r"^nothing was raised$"),
+        "nothing, positions of rows": (good | {"position_ids": in_rows}, r"^nothing was raised$"),
+        "nothing, positions in padding": (
+            good | {"position_ids": positions.masked_fill(ids < 0, 7)},
+            r"^nothing was raised$",
+        ),
+        "nothing, no padding": (good | {"attention_mask": ones}, r"^nothing was raised$"),
+        "positions counted from 0": (good | {"position_ids": torch.arange(tokens.size(1)).expand(2, -1)}, differ),
+        "positions of one row": (good | {"position_ids": positions[:1]}, differ),
+        "positions of other documents": (good | {"position_ids": of_other}, differ),
+        "positions that skip one": (good | {"position_ids": shifted}, differ),
+        "positions of the whole rows": (
+            good | {"position_ids": whole},
+            r"^ValueError: position_ids \(2, 24\): .* this rank holds \(2, 12\) tokens; cut .*batch\.shard",
+        ),
+        "tokens of the whole rows": (
+            {"input_ids": batch()[0]},
+            r"^ValueError: \(2, 24\) tokens are given; .* this rank holds \(2, 12\): cut them with batch\.shard",
+        ),
+        "padding": (
+            good | {"attention_mask": (ids >= 0).long()},
+            r"^NotImplementedError: attention_mask \(padding\) together .* negative id in the document_ids",
+        ),
+        "dense mask": (
+            good | {"attention_mask": torch.ones(2, 1, 12, 12).bool()},
+            r"^NotImplementedError: attn_mask \(2, 1, 12, 12\): a dense mask",
+        ),
+        "documents, flash": (
+            good | {"cu_seq_lens_q": torch.tensor([0, 4, 12])},
+            r"^NotImplementedError: LlamaAttention of layer 0 asks for cu_seq_lens_q: .*; leave it out",
+        ),
+        "labels": (
+            good | {"labels": labels},
+            r"^ValueError: labels: the model would shift them .* across documents .* before batch\.shard",
+        ),
+        "cache": (
+            good | {"past_key_values": transformers.DynamicCache()},
+            r"^NotImplementedError: past_key_values: .*no KV cache",
+        ),
+    }
+
+
+PACKED_CALLS = [
+    "nothing",
+    "nothing, positions of rows",
+    "nothing, positions in padding",
+    "nothing, no padding",
+    "positions counted from 0",
+    "positions of one row",
+    "positions of other documents",
+    "positions that skip one",
+    "positions of the whole rows",
+    "tokens of the whole rows",
+    "padding",
+    "dense mask",
+    "documents, flash",
+    "labels",
+    "cache",
+]
+OUTSIDE = r"^RuntimeError: attention of a plan .* outside of a batch: forward and backward \(which may recompute\)"
+PACKED_REST = {
+    "outside, positions given": OUTSIDE,
+    "outside, no positions": OUTSIDE,
+    "recompute outside": OUTSIDE,
+    "labels on one rank": r"^ValueError: labels: the model would shift them .* across documents",
+    "layers with a state": r"^NotImplementedError: (?s:.*)layers\.0\.conv\.conv \(Conv1d\): would mix",
+}
+
+
+def refuse_packed(rank: int, world: int) -> dict[str, tuple[str, str]]:
+    """What a model that takes another plan, of packed documents, says to each of the calls, and what it should say."""
+    import transformers
+
+    model, cp = make_model(), make_plan(ring=2, layout="balanced", chunk_size=3)
+    make_plan(ring=2).apply(model, modules=ATTENTION)
+    cp.apply(model, modules=ATTENTION)
+    cases, packed = packed_calls(cp), cp.pack(packed_batch(PACKS[0])[3])
+    assert list(cases) == PACKED_CALLS
+    with packed:
+        found = {name: (raised(model, **given), text) for name, (given, text) in cases.items()}
+        assert model(**cases["nothing"][0], use_cache=True).past_key_values is None
+    good = cases["nothing"][0]
+    rest = {"outside, positions given": raised(model, **good)}
+    rest["outside, no positions"] = raised(model, input_ids=good["input_ids"])
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with packed:
+        loss = model(**good).logits.sum()
+    rest["recompute outside"] = raised(loss.backward)
+    alone, one = make_model(), ContextParallel(cp.mesh, ring=None, ulysses=None, layout="balanced")
+    one.apply(alone, modules=ATTENTION)
+    tokens, labels, _, ids = packed_batch(PACKS[0])
+    with one.pack(ids):
+        rest["labels on one rank"] = raised(alone, input_ids=tokens, labels=labels)
+    with torch.device("meta"):
+        hybrid = transformers.Lfm2ForCausalLM(transformers.Lfm2Config(**SIZES | MODELS["linear"][1]))
+    rest["layers with a state"] = raised(cp.apply, hybrid, modules=ATTENTION)
+    return found | {name: (message, PACKED_REST[name]) for name, message in rest.items()}
+
+
+@pytest.fixture(scope="module")
+def refused_packed(pool) -> list[dict[str, tuple[str, str]]]:
+    return pool.run(2, refuse_packed)
+
+
+@pytest.mark.parametrize("name", [*PACKED_CALLS, *PACKED_REST])
+def test_hf_packed_call_that_would_not_be_exact_is_refused(refused_packed, name):
+    for rank in refused_packed:
+        message, text = rank[name]
+        assert re.search(text, message), message

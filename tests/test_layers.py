@@ -40,6 +40,10 @@ LIBRARIES = {"context_parallel": {"torch"}}
 PRIVATE_HOMES = ("context_parallel/kernels.py", "distributed/")
 # Everywhere else each one is listed with its reason, and one that is no longer used has to go from the list.
 PRIVATE_USES = {
+    "context_parallel/packed_batch.py": {
+        # Tells a recompute from a first forward pass, as torch's own checkpointing does; there is no public one.
+        "torch._C._current_graph_task_id",
+    },
     "models/init.py": {
         # The only function that knows a shard's offset in the whole tensor, also where FSDP2 cuts what TP has cut.
         "torch.distributed.tensor._utils",

@@ -339,6 +339,32 @@ def test_packed_recompute_outside_of_the_batch_is_an_error(pool):
     pool.run(2, recompute_outside)
 
 
+def recompute_in_another(rank: int, world: int, mode: str) -> None:
+    cp, length = make_plan(ring=world), 4 * CHUNK * world
+    model = small_model(num_layers=2)
+    cp.apply(model, modules="layers.*.attention")
+    apply_activation_checkpoint(model, mode)  # type: ignore[arg-type]
+    ours, theirs = cp.pack(ids_of(("a", "b"), length)), cp.pack(ids_of(("b", "a"), length))
+    with ours:
+        loss, again = (loss_sum(model, *ours.shard(*small_batch(length))) for _ in range(2))
+    with theirs:
+        own = loss_sum(model, *theirs.shard(*small_batch(length)))
+        if mode == "none":
+            loss.backward()  # recomputes nothing
+        else:
+            with pytest.raises(RuntimeError, match="recomputes attention inside of another"):
+                loss.backward()
+    with theirs:
+        own.backward()
+    with ours:
+        again.backward()
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+def test_packed_recompute_inside_of_another_batch_is_an_error(pool, mode):
+    pool.run(1, recompute_in_another, mode)
+
+
 def dtensors(rank: int, world: int) -> None:
     cp, length = make_plan(ring=2, ulysses=2), 4 * CHUNK * world
     q, k, v, dout = problem(8, 4, length=length)

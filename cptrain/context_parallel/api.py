@@ -19,7 +19,13 @@ from cptrain.context_parallel.groups import Groups, make_groups
 from cptrain.context_parallel.layout import Layout, length_multiple, make_layout, nearest_multiples
 from cptrain.context_parallel.packed_batch import Entered, PackedBatch, rows_joined, rows_split
 from cptrain.context_parallel.packing import Packer, decode, find_documents, join_offsets
-from cptrain.context_parallel.refusals import check_entered, check_placements, check_plan, check_tensors
+from cptrain.context_parallel.refusals import (
+    OUTSIDE,
+    check_entered,
+    check_placements,
+    check_plan,
+    check_tensors,
+)
 from cptrain.context_parallel.regroup import regrouped_mesh
 from cptrain.context_parallel.traffic import Call
 from cptrain.context_parallel.ulysses import heads_to_sequence, replicate_kv_heads, sequence_to_heads
@@ -211,7 +217,7 @@ class ContextParallel:
             q, k, v = (rows_joined(x) for x in (q, k, v))
         out, _, _ = attention_operator(q, k, v, packing, route, is_causal, window_size or 0, scale)
         if packing is not None:
-            out = rows_split(out, batch)
+            out = self._entered.guard(rows_split(out, batch))
         return heads_to_sequence(out, self._heads_group) if self.ulysses_degree > 1 else out
 
     def apply(self, model: nn.Module, *, modules: str | Sequence[str], window_size: int | None = None) -> list[str]:
@@ -227,7 +233,7 @@ class ContextParallel:
         windows = huggingface.prepare(
             model,
             matched,
-            positions=self._local_positions,
+            positions=self._positions_allowed,
             degree=self.degree,
             window_size=window_size,
             packed=self.layout == "balanced",
@@ -350,9 +356,17 @@ class ContextParallel:
             cut = cut.redistribute(placements=[*cut.placements[:axis], *[Replicate()] * (cut.device_mesh.ndim - axis)])
         return cut.full_tensor()
 
-    def _local_positions(self, length: int) -> torch.Tensor:
-        """Global positions of this rank's tokens when it holds `length` of them. Shape [length]."""
-        return self._pieces(length * self.degree)[self._place()]
+    def _positions_allowed(self, length: int) -> tuple[torch.Tensor, ...]:
+        """Positions that this rank's tokens may have, each [rows, length], where -1 leaves one open.
+
+        length: of what this rank holds of a row; those of a batch that was entered have its own shape.
+        Raises RuntimeError for a "balanced" plan outside of a batch.
+        """
+        if self.layout != "balanced":
+            return (self._pieces(length * self.degree)[self._place()][None],)
+        if self._entered.batch is None:
+            raise RuntimeError(OUTSIDE)
+        return self._entered.batch._positions
 
     def ring_layout(self, length: int) -> Layout:
         """How the ring cuts a sequence of `length`. ValueError for a plan that deals chunks anew for every batch."""

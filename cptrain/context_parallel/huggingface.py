@@ -1,12 +1,14 @@
 """How models of Hugging Face transformers reach context parallelism: through their own extension points.
 
 [Note: transformers models]
-A transformers model builds its mask outside of the attention modules, from position_ids: a zigzag shard looks to it
-like packed documents. So it is given an attention implementation of its own name. The mask function of that name
-builds nothing, and refuses what was asked for in earnest; the attention function calls F.scaled_dot_product_attention,
-which `dispatch` replaces inside the applied modules, as in any model. The name is one for all plans: a module finds its
-plan in its own forward. transformers does not write it into the config it saves. What such a model would get wrong
-without saying so is refused before it happens, see `huggingface_checks`.
+A transformers model builds its mask outside of the attention modules, from position_ids: where they do not go on by
+one it begins a document, so that any shard looks to it like packed documents, and a shard of packed documents like
+others than they are. So it is given an attention implementation of its own name. The mask function of that name builds
+nothing, and refuses what was asked for in earnest; the attention function calls F.scaled_dot_product_attention, which
+`dispatch` replaces inside the applied modules, as in any model. The name is one for all plans: a module finds its plan
+in its own forward, and the plan knows the documents of the batch that was entered. Positions only say where tokens are:
+they have to be those of the plan or the batch. transformers does not write the name into the config it saves. What such
+a model would get wrong without saying so is refused before it happens, see `huggingface_checks`.
 
 Nothing here imports transformers: whoever has one of its models has loaded it.
 """
@@ -23,7 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cptrain.context_parallel import dispatch
-from cptrain.context_parallel.huggingface_checks import Inputs, check_inputs, problems
+from cptrain.context_parallel.huggingface_checks import Inputs, check_inputs, default_positions, problems
 
 # The implementation's name in transformers' registries. It must not contain the name of another ("sdpa", "flash"):
 # transformers looks for those inside of it.
@@ -40,7 +42,7 @@ MEANINGLESS = {
 }
 # What to do instead of something else that it is handed.
 WAYS_OUT = {
-    "cu_seq_lens_q": "documents packed into one row are not supported, give one document per row",
+    "cu_seq_lens_q": 'leave it out; documents packed into one row need a plan with layout="balanced" and its cp.pack',
     "output_attentions": "the weights are never held, leave it out",
     "position_bias": "a model without a bias on the scores is needed",
     "s_aux": "a model without attention sinks is needed",
@@ -52,14 +54,15 @@ def prepare(
     model: nn.Module,
     matched: Mapping[str, nn.Module],
     *,
-    positions: Callable[[int], torch.Tensor],
+    positions: Callable[[int], tuple[torch.Tensor, ...]],
     degree: int,
     window_size: int | None,
     packed: bool,
 ) -> dict[str, int | None]:
     """Window of each matched module that is part of a transformers model; these models are set up, if there are any.
 
-    positions: gives this rank's global positions for a number of local tokens; degree: ranks that share a sequence.
+    positions: gives what this rank's positions may be, see `Inputs`; degree: ranks that share a sequence; packed:
+    whether a batch of packed documents is entered for every call.
     Raises NotImplementedError for a model whose attention would not be exact, with everything that is wrong in it, and
     ValueError for a window_size, since these models have their own; nothing is changed then.
     """
@@ -67,11 +70,6 @@ def prepare(
     ours = {name: matched[name] for name in matched if around[name]}
     if not ours:
         return {}
-    if packed:
-        raise NotImplementedError(
-            'packed documents (layout="balanced") are not supported in transformers models: give one document per row, '
-            'and a plan with layout="zigzag"'
-        )
     if window_size is not None:
         raise ValueError(
             f"window_size = {window_size}: a transformers model says itself which layers have a window; leave it out, "
@@ -90,7 +88,7 @@ def prepare(
     for owner in inner.values():
         owner.set_attn_implementation(NAME)
     for outer in {id(outer): outer for name in ours for outer in around[name]}.values():
-        _watch(outer, Inputs(positions, degree, reads_positions=id(outer) in inner))
+        _watch(outer, Inputs(positions, degree, packed, reads_positions=id(outer) in inner))
     return {name: _window_of(module) for name, module in ours.items()}
 
 
@@ -149,8 +147,9 @@ def no_mask(
 ) -> None:
     """None, since the plan knows the mask. transformers calls this where a model would build one.
 
-    Raises NotImplementedError for padding and for anything that is neither causal nor the window of the config. Packed
-    documents are seen by their positions (`check_inputs`). Under torch.compile no values are looked at.
+    Raises NotImplementedError for padding and for anything that is neither causal nor the window of the config. The
+    documents that transformers finds in the positions only hide more: whether positions are right is seen before
+    (`check_inputs`). Under torch.compile no values are looked at.
     """
     if use_vmap:
         raise NotImplementedError("this model lays a pattern of its own over the causal mask: not supported")
@@ -197,7 +196,7 @@ def _watch(model: nn.Module, inputs: Inputs) -> None:
     """Check what this transformers model is called with, from now on."""
     watched = getattr(model.forward, "context_parallel_inputs", None)
     if watched is not None:
-        watched.positions, watched.degree = inputs.positions, inputs.degree
+        watched.positions, watched.degree, watched.packed = inputs.positions, inputs.degree, inputs.packed
         return
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = inspect.signature(model.forward).parameters.values()
@@ -206,6 +205,8 @@ def _watch(model: nn.Module, inputs: Inputs) -> None:
     def with_checks(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = dict(zip(names, args, strict=False)) | kwargs
         check_inputs(inputs, given)
+        if inputs.packed and inputs.reads_positions and given.get("position_ids") is None:
+            given["position_ids"] = default_positions(inputs, given)
         if "use_cache" in names:
             # Keys of a shard are of no use to a later call, and would only be held.
             given["use_cache"] = False

@@ -10,14 +10,33 @@ import torch
 from torch import nn
 
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+# How positions are cut for a plan, and for a batch of packed documents.
+CUT_IN_ROWS = (
+    "cut positions 0 to S - 1 with cp.shard, as the tokens; positions that begin anew (documents packed into one row) "
+    'need a plan with layout="balanced" and its cp.pack'
+)
+CUT_IN_DOCUMENTS = "cut positions that begin at 0 in each document, or in each row, with batch.shard, as the tokens"
 
 
 class Inputs:
-    """What the inputs of a model are checked against: what `apply` sets, and sets again when the plan changes."""
+    """What the inputs of a model are checked against: what `apply` sets, and sets again when the plan changes.
 
-    def __init__(self, positions: Callable[[int], torch.Tensor], degree: int, *, reads_positions: bool) -> None:
+    positions: what this rank's positions may be when it holds so many tokens of a row, each way [rows, tokens], the
+    first by default, where -1 leaves one open. degree: ranks that share a sequence. packed: calls are inside of a batch
+    of packed documents. reads_positions: this is the model that computes with them, not one around it.
+    """
+
+    def __init__(
+        self,
+        positions: Callable[[int], tuple[torch.Tensor, ...]],
+        degree: int,
+        packed: bool,
+        *,
+        reads_positions: bool,
+    ) -> None:
         self.positions = positions
         self.degree = degree
+        self.packed = packed
         self.reads_positions = reads_positions
 
 
@@ -93,19 +112,36 @@ def check_inputs(inputs: Inputs, given: Mapping[str, Any]) -> None:
         )
     if given.get("output_attentions"):
         raise NotImplementedError("output_attentions: the weights are never held under context parallelism")
-    if inputs.degree > 1:
-        _check_loss(given)
+    if inputs.degree > 1 or inputs.packed:
+        _check_loss(inputs, given)
     if inputs.reads_positions:
+        if inputs.packed:
+            _check_batch(inputs, given)
         _check_positions(inputs, given.get("position_ids"))
 
 
-def _check_loss(given: Mapping[str, Any]) -> None:
+def default_positions(inputs: Inputs, given: Mapping[str, Any]) -> torch.Tensor:
+    """Positions [B, T] for a call without: from 0 in each document of the batch that is entered."""
+    tokens = _tokens(given)
+    return inputs.positions(tokens.size(1))[0].clamp(min=0).to(tokens.device)
+
+
+def _tokens(given: Mapping[str, Any]) -> torch.Tensor:
+    """What says how many tokens there are: ids [B, T], or embeddings [B, T, E]."""
+    tokens = [given[name] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None]
+    if not tokens:
+        raise ValueError("neither input_ids nor inputs_embeds is given: pass one of them")
+    return tokens[0]
+
+
+def _check_loss(inputs: Inputs, given: Mapping[str, Any]) -> None:
     # With both of these a transformers model sums over the tokens it has, and divides by what it is told.
     exact = given.get("shift_labels") is not None and given.get("num_items_in_batch") is not None
     if given.get("labels") is not None and not exact:
+        across, shard = (" and across documents", "batch.shard") if inputs.packed else ("", "cp.shard")
         raise ValueError(
-            "labels: the model would shift them inside each shard and average over it; shift the labels before "
-            "cp.shard and compute the loss from the logits, as a sum over tokens divided by the global count"
+            f"labels: the model would shift them inside each shard{across} and average over it; shift the labels "
+            f"before {shard} and compute the loss from the logits, as a sum over tokens divided by the global count"
         )
     if given.get("output_router_logits"):
         raise NotImplementedError(
@@ -113,28 +149,60 @@ def _check_loss(given: Mapping[str, Any]) -> None:
         )
 
 
+def _check_batch(inputs: Inputs, given: Mapping[str, Any]) -> None:
+    """Refuse what is not of the batch that is entered: tokens of another shape, and padding of the caller's own."""
+    mask, compiling = given.get("attention_mask"), torch.compiler.is_compiling()
+    # Without a look at its values, any mask may hide something.
+    if isinstance(mask, torch.Tensor) and mask.ndim == 2 and (compiling or not bool(mask.all())):
+        raise NotImplementedError(
+            "attention_mask (padding) together with packed documents is not supported: leave it out, and give padding "
+            "a negative id in the document_ids of cp.pack"
+        )
+    if compiling:
+        return
+    tokens = _tokens(given)
+    expected = inputs.positions(tokens.size(1))[0].shape
+    if tokens.shape[:2] != expected:
+        raise ValueError(
+            f"{tuple(tokens.shape[:2])} tokens are given; of the batch that is entered this rank holds "
+            f"{tuple(expected)}: cut them with batch.shard"
+        )
+
+
 def _check_positions(inputs: Inputs, position_ids: Any) -> None:
-    """Refuse positions that are not those of the plan: not given, not sharded, or begun anew by packed documents."""
+    """Refuse positions that are not those of the plan, or of the batch: not given, not sharded, of other documents."""
+    compiling = torch.compiler.is_compiling()
+    cut = "batch.shard" if inputs.packed else "cp.shard"
     if position_ids is None:
-        if inputs.degree > 1:
+        # Those of a batch are filled in, by `default_positions`, but not into a graph, which would keep the first.
+        if compiling if inputs.packed else inputs.degree > 1:
             raise ValueError(
                 "position_ids is missing: every rank would count its tokens from 0; shard positions with the tokens, "
-                "tokens, labels, positions = cp.shard(tokens, labels, positions), and pass position_ids=positions"
+                f"tokens, labels, positions = {cut}(tokens, labels, positions), and pass position_ids=positions"
             )
         return
     if position_ids.ndim != 2:
         raise NotImplementedError(
             f"position_ids {tuple(position_ids.shape)}: supported is one position per token, [B, T]"
         )
-    if torch.compiler.is_compiling():
-        return
+    if not compiling:
+        _check_values(inputs, position_ids)
+
+
+def _check_values(inputs: Inputs, position_ids: torch.Tensor) -> None:
+    """Refuse positions that are not, in every place, what they may be in one of the ways."""
     # transformers reads these values too, to look for packed documents: the wait for the device is not a second one.
-    expected = inputs.positions(position_ids.size(1)).to(position_ids.device)
-    wrong = (position_ids != expected).nonzero()
-    if len(wrong):
-        row, token = wrong[0].tolist()
+    allowed = [x.to(position_ids.device) for x in inputs.positions(position_ids.size(1))]
+    shape, way_out = tuple(allowed[0].shape), CUT_IN_DOCUMENTS if inputs.packed else CUT_IN_ROWS
+    if inputs.packed and tuple(position_ids.shape) not in (shape, (1, shape[1])):
         raise ValueError(
-            f"position_ids[{row}, {token}] = {int(position_ids[row, token])}, but this rank holds position "
-            f"{int(expected[token])} there: cut positions 0 to S - 1 with cp.shard, as the tokens; positions that "
-            "begin anew (documents packed into one row) are not supported"
+            f"position_ids {tuple(position_ids.shape)}: of the batch that is entered this rank holds {shape} tokens; "
+            f"{way_out}"
+        )
+    wrong = [((position_ids != x) & (x >= 0)).nonzero() for x in allowed]
+    if all(len(places) for places in wrong):
+        row, token = wrong[0][0].tolist()
+        given, expected = (int(x[row % x.size(0), token]) for x in (position_ids, allowed[0]))
+        raise ValueError(
+            f"position_ids[{row}, {token}] = {given}, but this rank holds position {expected} there: {way_out}"
         )

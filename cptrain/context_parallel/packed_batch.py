@@ -23,21 +23,56 @@ class Entered:
     """The batch that a plan is inside of: the one thing about a plan that changes.
 
     Read by every attention of the plan, in whatever thread a backward pass recomputes it: no context variable.
-    packing: encoded, None outside of batches. route: of its keys. shape: rows, tokens of a row. num_compared: how many
-    batches the ranks have compared so far.
+    batch: None outside of batches. packing: of it, encoded. route: of its keys. shape: rows, tokens of a row.
+    recomputed: the packing of the batch inside of which a backward pass has computed attention again.
+    num_compared: how many batches the ranks have compared so far.
     """
 
     def __init__(self) -> None:
+        self.batch: PackedBatch | None = None
         self.packing: torch.Tensor | None = None
         self.route = ""
         self.shape = (0, 0)
+        self.recomputed: torch.Tensor | None = None
         self.num_compared = 0
 
-    def enter(self, packing: torch.Tensor, route: str, shape: tuple[int, int]) -> None:
-        self.packing, self.route, self.shape = packing, route, shape
+    def enter(self, batch: PackedBatch, route: str) -> None:
+        self.batch, self.packing, self.route = batch, batch.encoded, route
+        self.shape = (batch.packing.num_rows, batch.packing.row_length)
 
     def leave(self) -> None:
-        self.packing, self.route, self.shape = None, "", (0, 0)
+        self.batch, self.packing, self.route, self.shape = None, None, "", (0, 0)
+        self.recomputed = None
+
+    def guard(self, out: torch.Tensor) -> torch.Tensor:
+        """What attention found inside of this batch, whose gradient is refused if it was recomputed inside of another.
+
+        Nothing else would notice: checkpointing compares only shapes of what it computes again. Compiled code takes
+        the packing along as any other tensor.
+        """
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return out
+        if torch._C._current_graph_task_id() != -1:  # inside of a backward pass
+            self.recomputed = self.packing
+        return _Guard.apply(out, self)
+
+
+class _Guard(torch.autograd.Function):
+    """The identity; see `Entered.guard`."""
+
+    @staticmethod
+    def forward(ctx: Any, out: torch.Tensor, entered: Entered) -> torch.Tensor:
+        ctx.entered, ctx.packing = entered, entered.packing
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        if ctx.entered.recomputed is not None and ctx.entered.recomputed is not ctx.packing:
+            raise RuntimeError(
+                "the backward pass of one batch recomputes attention inside of another, which sees other documents: "
+                "forward and backward of a loss belong inside of the same `with batch:`"
+            )
+        return gradient, None
 
 
 @dataclass(frozen=True)
@@ -45,8 +80,8 @@ class PackedBatch:
     """One batch of packed documents under a plan: cuts tensors as its chunks were dealt, and is entered for attention.
 
     While it is entered, attention of its plan is causal inside of each document. Backward passes belong inside, too:
-    activation checkpointing computes attention again there. Entering another batch first is an error, not a mistake
-    that could go unnoticed. Made by `ContextParallel.pack`.
+    activation checkpointing computes attention again there, and where that is inside of another batch it is refused.
+    Made by `ContextParallel.pack`.
     """
 
     plan: ContextParallel
@@ -80,7 +115,7 @@ class PackedBatch:
         exchanges = plan.method != "all_gather" and plan.ring_degree > 1
         exchanges = exchanges and packing.exchange_is_cheaper(plan.ring_inner_degree)
         route = plan._exchange_route if exchanges else plan._route
-        plan._entered.enter(self.encoded, route, (packing.num_rows, packing.row_length))
+        plan._entered.enter(self, route)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -103,6 +138,12 @@ class PackedBatch:
         """Place in its row of every token of this rank: [B, T]."""
         plan = self.plan
         return self.packing.positions_of(plan.ring_rank).unflatten(1, (plan.ulysses_degree, -1))[:, plan.ulysses_rank]
+
+    @cached_property
+    def _positions(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions that this rank's tokens may have: begun anew in each document, or in each row; -1 for padding."""
+        anew = self.packing.begun_anew(self._index)
+        return anew, self._index.masked_fill(anew < 0, -1)
 
     def _check_shape(self, rows: int, length: int, x: torch.Tensor, dim: int) -> None:
         if (rows, length) != (self.packing.num_rows, self.packing.row_length):

@@ -95,6 +95,15 @@ class Packing:
         stream = starts[:, None] + torch.arange(self.layout.chunk_size)
         return stream.view(self.num_rows, -1) % self.row_length
 
+    def begun_anew(self, positions: torch.Tensor) -> torch.Tensor:
+        """Place in its document of every token, from its place in its row [rows, tokens]; -1 for padding."""
+        stream = positions + torch.arange(self.num_rows)[:, None] * self.row_length
+        offsets = torch.tensor(self.documents.offsets)
+        document = torch.bucketize(stream, offsets, right=True) - 1
+        is_padding = torch.zeros(len(offsets), dtype=torch.bool)
+        is_padding[list(self.documents.padding)] = True
+        return (stream - offsets[document]).masked_fill(is_padding[document], -1)
+
     def encode(self) -> torch.Tensor:
         """The packing as int64 [a power of two], on the CPU; `decode` gives it back."""
         offsets, padding = self.documents.offsets, self.documents.padding

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 SEQUENCE_DIM = 2  # of q, k, v [B, H, T, D]
 HEAD_DIM = 1
+OUTSIDE = (
+    'attention of a plan with layout="balanced" outside of a batch: forward and backward (which may recompute) belong '
+    "inside of `with cp.pack(document_ids) as batch:`"
+)
 
 
 def check_plan(plan: ContextParallel, ring: int, ulysses: int) -> None:
@@ -91,10 +95,7 @@ def check_entered(shape: tuple[int, int], q: torch.Tensor, *, is_causal: bool, d
     """
     rows, length = shape
     if not rows:
-        raise RuntimeError(
-            'attention of a plan with layout="balanced" outside of a batch: forward and backward (which may '
-            "recompute) belong inside of `with cp.pack(document_ids) as batch:`"
-        )
+        raise RuntimeError(OUTSIDE)
     if not is_causal:
         raise NotImplementedError(
             "is_causal=False inside of packed documents is not supported: attention there is causal"
