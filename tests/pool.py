@@ -63,7 +63,12 @@ def _run(
     import torch
     import torch.distributed as dist
 
-    function: Any = importlib.import_module(module)
+    if module not in sys.modules:
+        importlib.import_module(module)
+        # Modules stay: the collection after each job need not look at all of torch again.
+        gc.collect()
+        gc.freeze()
+    function: Any = sys.modules[module]
     for part in name.split("."):
         function = getattr(function, part)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
@@ -83,7 +88,6 @@ def _run(
         torch._dynamo.reset() if "torch._dynamo" in sys.modules else None
         _forget_meshes()
         gc.collect()
-        gc.freeze()  # what is left stays; the next collection need not look at all of torch again
 
 
 def _forget_meshes() -> None:

@@ -22,7 +22,6 @@ from cptrain.checkpoint.checkpointer import Checkpointer
 from cptrain.checkpoint.state import training_state
 from cptrain.config.document import dump
 from cptrain.context_parallel.kernels import choose_kernel
-from cptrain.data.loader import validation_batches
 from cptrain.data.tokenizer import build_tokenizer
 from cptrain.distributed.mesh import build_meshes
 from cptrain.distributed.process_group import set_timeouts
@@ -81,7 +80,7 @@ class Trainer:
             seed=settings.debug.seed,
         )
         self.model = self.parallel.model
-        self.plan = Plan(first, meshes, self.parallel.context)
+        self.plan = Plan(first.parallelism, meshes, self.parallel.context)
         self.optimizer = build_optimizer(self.model, settings.optimizer)
         self.startup_check = StartupCheck(
             self.shape, tp=degrees.tp, dtype=self.precision.param, enabled=settings.debug.startup_check
@@ -201,24 +200,14 @@ class Trainer:
     @torch.no_grad()
     def validate(self) -> float:
         """Mean loss over the held-out windows, the same ones whatever the mesh. Touches neither data order nor RNG."""
-        stage, settings, degrees = self.stage, self.stage.settings, self.stage.meshes.degrees
-        assert stage.held_out is not None
-        limit = settings.validation.steps * settings.global_batch_size(degrees)
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for batch in validation_batches(
-            stage.held_out,
-            local_batch_size=settings.training.local_batch_size,
-            dp_rank=stage.meshes.data_rank,
-            dp_degree=degrees.data,
-            num_windows="all" if settings.validation.steps == -1 else limit,
-            finish=stage.finish,
-        ):
+        for batch in self.stage.held_out_batches():
             shard = self.shard(batch)
             head = partial(cross_entropy_sum, labels=shard.labels)
             with shard.documents_entered():
                 totals[0] += self.model(shard.tokens, shard.positions, head=head)
             totals[1] += (shard.labels != IGNORED).sum()
-        total, count = stage.meshes.sum_over_batch(totals).tolist()
+        total, count = self.stage.meshes.sum_over_batch(totals).tolist()
         return total / max(count, 1)
 
     def shard(self, batch: dict[str, torch.Tensor]) -> Shard:
@@ -269,11 +258,11 @@ class Trainer:
 
     def _make_stage(self) -> Stage:
         """The stage of `stage_index`, for which the model is switched over and checked."""
-        before = self.plan
-        self.plan = before.changed(self.settings.at_stage(self.stage_index), self.shape)
+        before, settings = self.plan, self.settings.at_stage(self.stage_index)
+        self.plan = before.changed(settings, self.shape)
         if self.plan.context is not before.context:
             apply_context_parallel(self.model, self.plan.context)
-        stage = Stage(self.plan, self.texts, self.shape, tokens_seen=self.tokens_seen)
+        stage = Stage(settings, self.plan, self.texts, self.shape, tokens_seen=self.tokens_seen)
         self.startup_check(stage.context, stage.settings.training.seq_len)
         return stage
 
