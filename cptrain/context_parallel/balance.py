@@ -7,7 +7,8 @@ chunks of equal length are dealt, the heaviest first, as many to every rank: a r
 work, with what the lightest chunks left over would add to fill it up, stays under its share. Of the ranks that may take
 a chunk, the one gets it for which the fewest keys have to travel: a rank that holds later chunks of a document receives
 its earlier ones anyway. The end of a long document therefore goes to few ranks, and short ones stay whole. Swaps even
-out what is left. A window that is mostly one document is better cut in zigzag; both are tried and the cheaper is taken.
+out what is left, and trades use what imbalance is allowed to move fewer keys, see [Note: trading chunks]. A window that
+is mostly one document is better cut in zigzag; both are tried and the cheaper is taken.
 
 Everything here is arithmetic on a few thousand integers, the same on every rank: no processes, no tensors.
 """
@@ -19,8 +20,11 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from cptrain.context_parallel.layout import Layout
 from cptrain.context_parallel.mask import Documents, num_visible
+from cptrain.context_parallel.trading import Ends, trade
 from cptrain.distributed.settings import MOST_CHUNKS
 
 SLACK = 0.02  # of a rank's share of the work: what may be given away for locality while dealing
@@ -29,9 +33,6 @@ WORTH_MORE_BLOCKS = 0.1  # fewer keys that dealing must move than zigzag, whose 
 AUTO_CHUNKS = 16  # chunks per rank that "auto" aims at; more balance no better and cut more documents
 AUTO_SMALLEST = 256  # tokens of a chunk below which kernels get slow
 MOST_CANDIDATES = 32  # chunks of a rank that a swap looks at
-
-
-Ends = tuple[tuple[int, int], tuple[int, int]]  # of a chunk: (document from 1 on, its end) twice, (0, 0) for none
 
 
 class Part(NamedTuple):
@@ -75,9 +76,10 @@ def deal(documents: Documents, *, num_ranks: int, num_rows: int, chunk_size: int
         return Layout(documents.length, ((0,),))
     parts = chunk_parts(documents, chunk_size)
     work = work_of(parts, window)
-    shared = _shared(parts, documents)
+    shared = shared_documents(parts, documents)
     dealt = _deal(work, shared, num_ranks, num_rows)
     _swap(dealt, work, num_ranks, length // chunk_size)
+    _trade(dealt, work, shared, num_ranks, length // chunk_size)
     fixed = _zigzag(length // chunk_size, num_ranks, num_rows)
     if fixed is not None and imbalance(work, fixed, num_ranks) <= LIMIT:
         moved, moved_dealt = (num_moved(parts, owners, window=window) for owners in (fixed, dealt))
@@ -111,6 +113,19 @@ def chunk_parts(documents: Documents, chunk_size: int) -> list[list[Part]]:
             parts[chunk].append(Part(number, first - start, end - start))
             first = end
     return parts
+
+
+def shared_documents(parts: list[list[Part]], documents: Documents) -> list[Ends]:
+    """Where documents end in each chunk; of one that lies inside a chunk nothing ever travels, and it is left out."""
+    lengths = [stop - start for start, stop in documents.spans()]
+    numbers: dict[int, int] = {}
+    shared: list[Ends] = []
+    for chunk in parts:
+        cut = (part for part in chunk if part.begin > 0 or part.end < lengths[part.document])
+        ends = [(numbers.setdefault(part.document, len(numbers) + 1), part.end) for part in cut]
+        first, second = (*ends, (0, 0), (0, 0))[:2]  # at most one goes on here, and one begins
+        shared.append((first, second))
+    return shared
 
 
 def imbalance(work: Sequence[int], owners: Sequence[int], num_ranks: int) -> float:
@@ -149,19 +164,6 @@ def _zigzag(chunks_per_row: int, num_ranks: int, num_rows: int) -> list[int] | N
         return None
     row = [min(place, 2 * num_ranks - 1 - place) for place in (chunk // half for chunk in range(chunks_per_row))]
     return row * num_rows
-
-
-def _shared(parts: list[list[Part]], documents: Documents) -> list[Ends]:
-    """Where documents end in each chunk; of one that lies inside a chunk nothing ever travels, and it is left out."""
-    lengths = [stop - start for start, stop in documents.spans()]
-    numbers: dict[int, int] = {}
-    shared: list[Ends] = []
-    for chunk in parts:
-        cut = (part for part in chunk if part.begin > 0 or part.end < lengths[part.document])
-        ends = [(numbers.setdefault(part.document, len(numbers) + 1), part.end) for part in cut]
-        first, second = (*ends, (0, 0), (0, 0))[:2]  # at most one goes on here, and one begins
-        shared.append((first, second))
-    return shared
 
 
 def _deal(work: list[int], shared: list[Ends], num_ranks: int, num_rows: int) -> list[int]:
@@ -250,3 +252,16 @@ def _some(chunks: list[int], work: list[int]) -> list[int]:
     if len(chunks) <= MOST_CANDIDATES:
         return chunks
     return sorted(chunks, key=lambda chunk: (work[chunk], chunk))[:: -(-len(chunks) // MOST_CANDIDATES)]
+
+
+def _trade(owners: list[int], work: list[int], shared: list[Ends], num_ranks: int, per_row: int) -> None:
+    """Exchange chunks of one row between any ranks that leave fewer keys to travel, up to LIMIT of work."""
+    most = int(LIMIT * sum(work) / num_ranks)
+    loads = [0] * num_ranks
+    for owner, amount in zip(owners, work, strict=True):
+        loads[owner] += amount
+    # A rank that is above LIMIT trades, too, but takes nothing heavier.
+    room = np.array([max(0, most - load) for load in loads], dtype=np.int64)
+    for begin in range(0, len(owners), per_row):
+        row = slice(begin, begin + per_row)
+        owners[row] = trade(owners[row], work[row], shared[row], room)
