@@ -7,7 +7,8 @@ chunks of equal length are dealt, the heaviest first, as many to every rank: a r
 work, with what the lightest chunks left over would add to fill it up, stays under its share. Of the ranks that may take
 a chunk, the one gets it for which the fewest keys have to travel: a rank that holds later chunks of a document receives
 its earlier ones anyway. The end of a long document therefore goes to few ranks, and short ones stay whole. Swaps even
-out what is left. A window that is mostly one document is better cut in zigzag; both are tried and the cheaper is taken.
+out what is left, and trades use what imbalance is allowed to move fewer keys, see [Note: trading chunks]. A window that
+is mostly one document is better cut in zigzag; both are tried and the cheaper is taken.
 
 Everything here is arithmetic on a few thousand integers, the same on every rank: no processes, no tensors.
 """
@@ -19,8 +20,11 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from cptrain.context_parallel.layout import Layout
 from cptrain.context_parallel.mask import Documents, num_visible
+from cptrain.context_parallel.trading import Ends, trade
 from cptrain.distributed.settings import MOST_CHUNKS
 
 SLACK = 0.02  # of a rank's share of the work: what may be given away for locality while dealing
@@ -72,7 +76,10 @@ def deal(documents: Documents, *, num_ranks: int, num_rows: int, chunk_size: int
         return Layout(documents.length, ((0,),))
     parts = chunk_parts(documents, chunk_size)
     work = work_of(parts, window)
-    dealt = _deal(parts, work, documents, num_ranks, num_rows)
+    shared = shared_documents(parts, documents)
+    dealt = _deal(work, shared, num_ranks, num_rows)
+    _swap(dealt, work, num_ranks, length // chunk_size)
+    _trade(dealt, work, shared, num_ranks, length // chunk_size)
     fixed = _zigzag(length // chunk_size, num_ranks, num_rows)
     if fixed is not None and imbalance(work, fixed, num_ranks) <= LIMIT:
         moved, moved_dealt = (num_moved(parts, owners, window=window) for owners in (fixed, dealt))
@@ -106,6 +113,19 @@ def chunk_parts(documents: Documents, chunk_size: int) -> list[list[Part]]:
             parts[chunk].append(Part(number, first - start, end - start))
             first = end
     return parts
+
+
+def shared_documents(parts: list[list[Part]], documents: Documents) -> list[Ends]:
+    """Where documents end in each chunk; of one that lies inside a chunk nothing ever travels, and it is left out."""
+    lengths = [stop - start for start, stop in documents.spans()]
+    numbers: dict[int, int] = {}
+    shared: list[Ends] = []
+    for chunk in parts:
+        cut = (part for part in chunk if part.begin > 0 or part.end < lengths[part.document])
+        ends = [(numbers.setdefault(part.document, len(numbers) + 1), part.end) for part in cut]
+        first, second = (*ends, (0, 0), (0, 0))[:2]  # at most one goes on here, and one begins
+        shared.append((first, second))
+    return shared
 
 
 def imbalance(work: Sequence[int], owners: Sequence[int], num_ranks: int) -> float:
@@ -146,73 +166,50 @@ def _zigzag(chunks_per_row: int, num_ranks: int, num_rows: int) -> list[int] | N
     return row * num_rows
 
 
-class _Hand:
-    """What one rank has been dealt so far."""
-
-    def __init__(self, slots: list[int]) -> None:
-        self.work = 0
-        self.free = slots  # by row
-        self.num_free = sum(slots)
-        self.reach: dict[int, int] = {}  # by document, of those in several chunks: where the last part here begins
-        self.parts: dict[int, list[Part]] = {}
-
-    def take(self, work: int, row: int, spread: Sequence[Part]) -> None:
-        """Add a chunk of a row, whose parts of documents in several chunks are `spread`."""
-        self.work += work
-        self.free[row] -= 1
-        self.num_free -= 1
-        for part in spread:
-            self.parts.setdefault(part.document, []).append(part)
-            self.reach[part.document] = max(self.reach.get(part.document, 0), part.begin)
-
-    def extra_keys(self, chunk: Sequence[Part]) -> int:
-        """How many more keys this rank receives if it takes the chunk; negative where it needs them already."""
-        extra = 0
-        for part in chunk:
-            reach = self.reach.get(part.document)
-            if reach is None:
-                extra += part.begin
-            elif reach > part.begin:
-                extra -= part.end - part.begin
-            else:
-                last = self.parts[part.document]
-                extra += part.begin - reach - sum(o.end - o.begin for o in last if o.begin >= reach)
-        return extra
-
-
-def _deal(parts: list[list[Part]], work: list[int], documents: Documents, num_ranks: int, num_rows: int) -> list[int]:
+def _deal(work: list[int], shared: list[Ends], num_ranks: int, num_rows: int) -> list[int]:
     """The owner of each chunk; see [Note: dealing chunks]."""
-    num_chunks, per_row = len(parts), len(parts) // num_rows
-    slots = per_row // num_ranks
-    share = sum(work) / num_ranks
-    lengths = [stop - start for start, stop in documents.spans()]
-    # Of a document inside one chunk nothing ever travels.
-    spread = [[p for p in chunk if p.begin > 0 or p.end < lengths[p.document]] for chunk in parts]
+    num_chunks, per_row = len(work), len(work) // num_rows
+    num_slots = num_chunks // num_ranks
+    most = sum(work) / num_ranks * (1 + SLACK)
     order = sorted(range(num_chunks), key=lambda chunk: (-work[chunk], chunk))
     lightest = [0]  # work of the i lightest chunks
     for chunk in reversed(order):
         lightest.append(lightest[-1] + work[chunk])
-    hands, num_slots = [_Hand([slots] * num_rows) for _ in range(num_ranks)], slots * num_rows
+    loads, free = [0] * num_ranks, [num_slots] * num_ranks
+    free_of_row = [[per_row // num_ranks] * num_ranks for _ in range(num_rows)]
+    num_shared = max(number for ends in shared for number, _ in ends)
+    reach = [[0] * num_ranks for _ in range(num_shared + 1)]  # where the last part ends that a rank holds of a document
     reserved = 0  # slots that ranks which hold something have still to fill
     owners = [0] * num_chunks
-    for dealt, chunk in enumerate(order, start=1):
-        row, best, choice = chunk // per_row, None, 0
-        for rank, hand in enumerate(hands):
-            if not hand.free[row]:
-                continue
-            free = hand.num_free
-            # The lightest chunks left over fill the slots of all ranks that hold something, this one's among them.
-            fillers = min(num_chunks - dealt, reserved - 1 if free < num_slots else reserved + free - 1)
-            filled = hand.work + work[chunk] + (free - 1) * (lightest[fillers] / fillers if fillers else 0.0)
-            cost = (max(0.0, filled - share * (1 + SLACK)), hand.extra_keys(spread[chunk]), hand.work)
-            if best is None or cost < best:
-                best, choice = cost, rank
-        hand = hands[choice]
-        reserved += -1 if hand.num_free < num_slots else num_slots - 1
+    for left, chunk in zip(reversed(range(num_chunks)), order, strict=True):
+        free_here, best, choice = free_of_row[chunk // per_row], (math.inf, 0, 0), 0
+        (first, first_end), (second, second_end) = shared[chunk]
+        first_reach, second_reach = reach[first], reach[second]
+        # The lightest chunks left over fill the slots of all ranks that hold something, this one's among them.
+        begun, fresh = (_mean(lightest, min(left, reserved + extra - 1)) for extra in (0, num_slots))
+        ranks = zip(free_here, free, loads, first_reach, second_reach, strict=True)
+        # Runs for every chunk and rank: without calls it takes half the time.
+        for rank, (is_free, slots, load, near, far) in enumerate(ranks):
+            if is_free:
+                filled = load + work[chunk] + (slots - 1) * (begun if slots < num_slots else fresh)
+                excess = filled - most if filled > most else 0.0
+                if excess <= best[0]:
+                    keys = (first_end - near if first_end > near else 0) + (second_end - far if second_end > far else 0)
+                    if (excess, keys, load) < best:
+                        best, choice = (excess, keys, load), rank
+        reserved += -1 if free[choice] < num_slots else num_slots - 1
         owners[chunk] = choice
-        hand.take(work[chunk], row, spread[chunk])
-    _swap(owners, work, num_ranks, per_row)
+        loads[choice] += work[chunk]
+        free[choice] -= 1
+        free_here[choice] -= 1
+        for number, end in shared[chunk]:
+            reach[number][choice] = max(reach[number][choice], end)
     return owners
+
+
+def _mean(sums: list[int], count: int) -> float:
+    """Of the first `count` numbers, whose running sums these are; 0.0 for none."""
+    return sums[count] / count if count > 0 else 0.0
 
 
 def _swap(owners: list[int], work: list[int], num_ranks: int, per_row: int) -> None:
@@ -255,3 +252,16 @@ def _some(chunks: list[int], work: list[int]) -> list[int]:
     if len(chunks) <= MOST_CANDIDATES:
         return chunks
     return sorted(chunks, key=lambda chunk: (work[chunk], chunk))[:: -(-len(chunks) // MOST_CANDIDATES)]
+
+
+def _trade(owners: list[int], work: list[int], shared: list[Ends], num_ranks: int, per_row: int) -> None:
+    """Exchange chunks of one row between any ranks that leave fewer keys to travel, up to LIMIT of work."""
+    most = int(LIMIT * sum(work) / num_ranks)
+    loads = [0] * num_ranks
+    for owner, amount in zip(owners, work, strict=True):
+        loads[owner] += amount
+    # A rank that is above LIMIT trades, too, but takes nothing heavier.
+    room = np.array([max(0, most - load) for load in loads], dtype=np.int64)
+    for begin in range(0, len(owners), per_row):
+        row = slice(begin, begin + per_row)
+        owners[row] = trade(owners[row], work[row], shared[row], room)
