@@ -36,7 +36,7 @@ SMALLER = {
     "torchrun --nproc-per-node 2 -m cptrain.check": "",
     "tensorboard --logdir outputs": "--inspect",
     "python -m cptrain.train": "",
-    "python tools/bench_step.py": "--tokens 128 --layers 1 --dim 32 --heads 4 --rounds 1 --steps 1",
+    "python tools/bench_step.py": "--cases bare,cp2 --tokens 128 --layers 1 --dim 32 --heads 4 --rounds 1 --steps 1",
     "python tools/bench_attention.py": "--seq-lens 256 --rounds 1 --out {outputs}",
     "python tools/bench_attention.py --memory": "--tokens-per-rank 64 --ranks 4",
     "python tools/bench_documents.py": "--time --seq-lens 256 --ranks 2 --rounds 1 --packs 2 --out {outputs}",

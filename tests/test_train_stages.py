@@ -35,22 +35,22 @@ def text(tmp_path_factory) -> str:
     return write_text(tmp_path_factory.mktemp("text"))
 
 
-@pytest.mark.parametrize("model", [{}, {"window_size": 20, "full_attention_every": 2}], ids=["causal", "windows"])
-def test_stages_that_change_the_plan_at_every_step_change_nothing(pool, text, tmp_path, model):
+@pytest.mark.parametrize(
+    ("model", "mode"),
+    [({}, "selective"), ({"window_size": 20, "full_attention_every": 2}, "none")],
+    ids=["causal", "windows"],
+)
+def test_stages_that_change_the_plan_at_every_step_change_nothing(pool, text, tmp_path, model, mode):
     plain = small_settings(tmp_path / "plain", text, training={"local_batch_size": GLOBAL_BATCH}, model=model)
     expected = pool.run(1, train_all, [plain])[0][0]
-    changing = [
-        small_settings(
-            tmp_path / mode,
-            text,
-            model=model,
-            training={"stages": stages(FACTORISATIONS, steps=1)},
-            activation_checkpoint={"mode": mode},
-        )
-        for mode in ("none", "selective")
-    ]
-    for outcome in pool.run(4, train_all, changing)[0]:
-        assert_same_training(outcome, expected)
+    changing = small_settings(
+        tmp_path / mode,
+        text,
+        model=model,
+        training={"stages": stages(FACTORISATIONS, steps=1)},
+        activation_checkpoint={"mode": mode},
+    )
+    assert_same_training(pool.run(4, train_all, [changing])[0][0], expected)
 
 
 def test_stages_change_the_length_and_go_on_in_the_text(pool, text, tmp_path):
