@@ -119,10 +119,10 @@ FAULTS = (
     ),
     Fault(
         "lost-gradients",
-        "keys sent only where they are needed: their gradients are not sent back",
+        "keys sent only where they are needed: gradients that come back are not added",
         "exchange.py",
-        "            add(here, gradients)\n            take_home()",
-        "            take_home()",
+        "whole[:, :, start:stop] += part[:, :, before : before + stop - start]",
+        "part[:, :, before : before + stop - start]",
     ),
     Fault(
         "unpermuted-gather",
@@ -173,6 +173,34 @@ FAULTS = (
         "return Segments(_offsets(queries, device), _offsets(keys, device), max(queries), max(keys))",
         "return Segments(_offsets(queries, device), _offsets([keys[0] - 1, *keys[1:-1], keys[-1] + 1], device), "
         "max(queries), max(keys))",
+    ),
+    Fault(
+        "narrow-gradients",
+        "gradients travel home in the dtype of the keys",
+        "exchange.py",
+        "message = torch.zeros(sum(shape.numel() for shape in shapes), dtype=wide, device=k.device)",
+        "wide = k.dtype; message = torch.zeros(sum(s.numel() for s in shapes), dtype=wide, device=k.device)",
+    ),
+    Fault(
+        "overlapping-rows",
+        "blocks that share rows go into one kernel call",
+        "launches.py",
+        "if earlier[-1].q_stop <= block.q_start",
+        "if earlier[-1].q_start <= block.q_start",
+    ),
+    Fault(
+        "never-left",
+        "a batch is still entered after it was left",
+        "packed_batch.py",
+        "self.plan._entered.leave()",
+        "pass",
+    ),
+    Fault(
+        "unguarded-recompute",
+        "a backward pass may recompute inside of another batch",
+        "packed_batch.py",
+        "return _Guard.apply(out, self)",
+        "return out",
     ),
 )
 
