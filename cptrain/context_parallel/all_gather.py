@@ -13,7 +13,14 @@ from functools import lru_cache
 import torch
 import torch.distributed as dist
 
-from cptrain.context_parallel.carrier import Computes, Piece, accumulator_dtype, cached_whole_blocks, new_heads
+from cptrain.context_parallel.carrier import (
+    Computes,
+    Piece,
+    accumulator_dtype,
+    cached_whole_blocks,
+    new_heads,
+    new_sums,
+)
 from cptrain.context_parallel.layout import Layout
 from cptrain.context_parallel.mask import Mask
 from cptrain.distributed.transport import Gathering, group_rank
@@ -42,7 +49,7 @@ class AllGather:
         to_shards, _ = _chunk_orders(self._layout, k.device)
 
         def visit(piece: Piece) -> None:
-            whole = new_heads(piece.keys, wide).zero_(), new_heads(piece.values, wide).zero_()
+            whole = new_sums(piece.keys, wide), new_sums(piece.values, wide)
             compute(piece, whole)
             both = self._reordered(torch.cat(whole, -1), to_shards)  # [B, 1, S, Dk + Dv] in sharded order
             parts = both.unflatten(2, (self._layout.num_ranks, -1)).movedim(2, 0).contiguous()

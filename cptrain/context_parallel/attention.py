@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 
 from cptrain.context_parallel.all_gather import AllGather
-from cptrain.context_parallel.carrier import Alone, Carrier, accumulator_dtype, new_heads
+from cptrain.context_parallel.carrier import Alone, Carrier, accumulator_dtype, arranged, new_heads
 from cptrain.context_parallel.compute import Backward, Forward
 from cptrain.context_parallel.exchange import Exchange, num_needed_keys
 from cptrain.context_parallel.groups import Groups
@@ -119,6 +119,7 @@ def attention(
     plan = Route.decode(route)
     carrier = plan.carrier(*plan.layout_and_mask(k.size(2), packing, causal=causal, window=window))
     kernel = _kernel(plan, q, k, v)
+    q, k, v = (arranged(x) for x in (q, k, v))
     forward = Forward(kernel, q, num_kv_heads=k.size(1), value_dim=v.size(-1), causal=causal, scale=scale)
     kept = carrier.forward(k, v, forward)
     out, lse = forward.result()
@@ -160,6 +161,7 @@ def attention_backward(
     plan = Route.decode(route)
     carrier = plan.carrier(*plan.layout_and_mask(k.size(2), packing, causal=causal, window=window))
     kernel = _kernel(plan, q, k, v)
+    dout, q, k, v = (arranged(x) for x in (dout, q, k, v))
     backward = Backward(kernel, (dout, q, out, lse), num_kv_heads=k.size(1), causal=causal, scale=scale)
     dk, dv = carrier.backward(k, v, kept, backward)
     # Copies where they are views of one message, since outputs of an operator may not share a buffer.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from cptrain.context_parallel.carrier import Gradients, Piece, Sums, accumulator_dtype, new_heads
+from cptrain.context_parallel.carrier import Gradients, Piece, Sums, accumulator_dtype, new_heads, new_sums
 from cptrain.context_parallel.kernels import Kernel, backward_launch, forward_launch, merge, packs
 from cptrain.context_parallel.launches import Launch, Ranges, accumulate, one_range, plan_launches, put, take
 from cptrain.context_parallel.schedule import Shape
@@ -65,7 +65,7 @@ class Backward:
         gradients: Gradients = []
         sums = into
         if sums is None and (len(launches) > MOST_LAUNCHES or any(len(launch.blocks) > 1 for launch in launches)):
-            sums = new_heads(piece.keys, wide).zero_(), new_heads(piece.values, wide).zero_()
+            sums = new_sums(piece.keys, wide), new_sums(piece.values, wide)
         for launch in launches:
             rows = _rows(launch, q, self._causal)
             keys, values = take(piece.keys, launch.columns), take(piece.values, launch.columns)
@@ -75,7 +75,7 @@ class Backward:
                 self._dqs[piece.first_head] = dq.to(wide)  # in buffers of its own
             else:
                 if piece.first_head not in self._dqs:
-                    self._dqs[piece.first_head] = new_heads(q, wide).zero_()
+                    self._dqs[piece.first_head] = new_sums(q, wide)
                 accumulate(self._dqs[piece.first_head], rows, dq)
             if sums is None:
                 gradients.append((slice(*launch.columns[0]), dk, dv))

@@ -18,7 +18,7 @@ from cptrain.context_parallel.carrier import (
     Piece,
     accumulator_dtype,
     cached_shard_blocks,
-    new_heads,
+    new_sums,
     unpack,
 )
 from cptrain.context_parallel.layout import Layout
@@ -77,7 +77,7 @@ class Exchange:
         self, k: torch.Tensor, v: torch.Tensor, kept: torch.Tensor, compute: Computes
     ) -> tuple[torch.Tensor, torch.Tensor]:
         wide = accumulator_dtype(k.dtype)
-        total = new_heads(k, wide).zero_(), new_heads(v, wide).zero_()
+        total = new_sums(k, wide), new_sums(v, wide)
         homecoming: tuple[int, torch.Tensor] | None = None  # the reader and the gradients on their way from it
 
         def take_home() -> None:
