@@ -209,7 +209,7 @@ PLANTED = {
         "import importlib\nimportlib.import_module('cptrain.train.trainer')",
         "loss imports train of a higher layer",
     ),
-    "another project": ("context_parallel/mask.py", "import numpy", "context_parallel imports numpy, which is not"),
+    "another project": ("context_parallel/mask.py", "import tomli", "context_parallel imports tomli, which is not"),
     "the package itself": ("models/rope.py", "import cptrain", "models imports cptrain, which no room below it holds"),
     "work at import": ("__init__.py", "import torch", "imports torch"),
     "a room without a layer": ("planner.py", "", "the room planner has no layer"),
