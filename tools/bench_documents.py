@@ -110,7 +110,7 @@ def conditions(arguments: argparse.Namespace) -> str:
     text = (
         f"Attention forward + backward, {heads}:{kv_heads} heads of {arguments.dim}, {arguments.dtype}, "
         f"{arguments.threads} thread(s) per rank, {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}, "
-        f"median of {arguments.rounds} paired round(s)"
+        f"median of {arguments.rounds} {'' if arguments.simulate else 'paired '}round(s)"
         f"{', every rank by itself' if arguments.simulate else ''}"
     )
     left_out = [f"{length:,}" for length in arguments.seq_lens if length > arguments.causal_up_to]
