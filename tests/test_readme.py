@@ -40,7 +40,7 @@ SMALLER = {
     "python tools/bench_attention.py": "--seq-lens 256 --rounds 1 --out {outputs}",
     "python tools/bench_attention.py --memory": "--tokens-per-rank 64 --ranks 4",
     "python tools/bench_documents.py": "--time --seq-lens 256 --ranks 2 --rounds 1 --packs 2 --out {outputs}",
-    "python tools/bench_documents.py --time --simulate": "--seq-lens 256 --ranks 4 --rounds 1 --packs 2 --out {outputs}",
+    "python tools/bench_documents.py --time --simulate": "--seq-lens 256 --ranks 4 --rounds 1 --out {outputs}",
     "python tools/plant_faults.py": "--list",
 }
 
