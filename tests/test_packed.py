@@ -381,3 +381,24 @@ def dtensors(rank: int, world: int) -> None:
 
 def test_packed_dtensors_come_back_as_dtensors(pool):
     pool.run(4, dtensors)
+
+
+def sent_in_bf16(rank: int, world: int) -> tuple[int, int]:
+    """Bytes that a rank sends forward and backward, of keys that go straight to their readers."""
+    cp, length = make_plan(ring=world), 4 * CHUNK * world
+    batch = cp.pack(ids_of(("a", "b"), length))
+    q, k, v, dout = batch.shard(*(x.bfloat16() for x in problem(4, 2, length=length)), dim=2)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    with batch:
+        assert cp._entered.route == cp._exchange_route
+        with recorded_messages() as forward:
+            out = cp.attention(*leaves, is_causal=True)
+        with recorded_messages() as backward:
+            torch.autograd.grad(out, leaves, dout)
+    return sum(m.num_bytes for m in forward), sum(m.num_bytes for m in backward)
+
+
+def test_packed_gradients_travel_home_in_fp32(pool):
+    forward, backward = (sum(numbers) for numbers in zip(*pool.run(3, sent_in_bf16), strict=True))
+    # Keys in bf16 once more, and the gradients of each of them.
+    assert forward > 0 and backward == forward + 2 * forward
