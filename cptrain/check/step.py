@@ -23,10 +23,7 @@ def check_step(trainer: ToyTrainer) -> list[Finding]:
     at most twice those of one device. Loss and norm are those that rank 0 logs.
     """
     start = time.perf_counter()
-    first, number = (
-        trainer.stage.batches.next_index,
-        trainer.stage.tokens_per_step // trainer.stage.settings.training.seq_len,
-    )
+    first, number = trainer.stage.batches.next_index, trainer.stage.global_batch_size
     batch = trainer.batch(first, number)
     exact = exact_step(trainer, batch)
     ours = _train_step(trainer, exact)

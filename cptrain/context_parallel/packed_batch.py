@@ -23,7 +23,8 @@ class Entered:
     """The batch that a plan is inside of: the one thing about a plan that changes.
 
     Read by every attention of the plan, in whatever thread a backward pass recomputes it: no context variable.
-    batch: None outside of batches. packing: of it, encoded. route: of its keys. shape: rows, tokens of a row.
+    batch: None outside of batches. packing: of it, encoded. route: of its keys. shape: rows, tokens of a row. These are
+    fields of their own because compiled code reads them: asked of the batch, it would be compiled anew for each.
     recomputed: the packing of the batch inside of which a backward pass has computed attention again.
     num_compared: how many batches the ranks have compared so far.
     """
