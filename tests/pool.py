@@ -57,9 +57,11 @@ def _run(
     rank: int,
     world: int,
     store: str,
+    backend: str,
     args: tuple,
     kwargs: dict,
 ) -> Any:
+    import staged_group
     import torch
     import torch.distributed as dist
 
@@ -73,8 +75,12 @@ def _run(
         function = getattr(function, part)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
     torch.manual_seed(0)
+    if backend == staged_group.BACKEND:
+        staged_group.register()
+    elif "nccl" in backend:
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timedelta(seconds=60)
+        backend, store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timedelta(seconds=60)
     )
     try:
         result = function(rank, world, *args, **kwargs)
@@ -124,7 +130,15 @@ class Pool:
         )
         self._jobs = 0
 
-    def run(self, world: int, function: Callable, *args: Any, timeout_s: float = 240, **kwargs: Any) -> list[Any]:
+    def run(
+        self,
+        world: int,
+        function: Callable,
+        *args: Any,
+        timeout_s: float = 240,
+        backend: str = "gloo",
+        **kwargs: Any,
+    ) -> list[Any]:
         while len(self._workers) < world:
             here, there = self._context.Pipe()
             process = self._context.Process(target=_serve, args=(there, list(sys.path)), daemon=True)
@@ -134,7 +148,7 @@ class Pool:
         self._jobs += 1
         store = self._folder / f"job-{self._jobs}"
         for rank in range(world):
-            job = (function.__module__, function.__qualname__, rank, world, str(store), args, kwargs)
+            job = (function.__module__, function.__qualname__, rank, world, str(store), backend, args, kwargs)
             self._workers[rank][1].send(job)
         results: dict[int, Any] = {}
         pending = {self._workers[rank][1]: rank for rank in range(world)}

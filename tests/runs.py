@@ -66,14 +66,14 @@ class Outcome:
     weights: dict[str, np.ndarray]
 
 
-def train(settings: TrainSettings) -> Outcome | None:
+def train(settings: TrainSettings, device: torch.device | None = None) -> Outcome | None:
     """Run to the end on every rank of the default group; the outcome on rank 0."""
-    with Trainer(settings, torch.device("cpu")) as trainer:
+    with Trainer(settings, device or torch.device("cpu")) as trainer:
         trainer.train()
         weights = {}
         for name, parameter in trainer.model.state_dict().items():
             whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-            weights[name.replace("_checkpoint_wrapped_module.", "")] = whole.numpy().copy()
+            weights[name.replace("_checkpoint_wrapped_module.", "")] = whole.cpu().numpy().copy()
     if trainer.rank > 0:
         return None
     records = [json.loads(line) for line in (settings.job.folder / "metrics.jsonl").read_text().splitlines()]

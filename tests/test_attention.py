@@ -62,12 +62,19 @@ MASKS: dict[str, dict[str, Any]] = {
 
 
 def problem(
-    heads: int, kv_heads: int, *, length: int, batch: int = 2, dim: int = 8, dtype: torch.dtype = torch.float64
+    heads: int,
+    kv_heads: int,
+    *,
+    length: int,
+    batch: int = 2,
+    dim: int = 8,
+    dtype: torch.dtype = torch.float64,
+    device: str = "cpu",
 ) -> tuple[torch.Tensor, ...]:
     """Global q, k, v and the output's gradient, the same on every rank."""
     generator = torch.Generator().manual_seed(heads * 100 + kv_heads)
     shapes = [(batch, count, length, dim) for count in (heads, kv_heads, kv_heads, heads)]
-    return tuple(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
+    return tuple(torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype) for shape in shapes)
 
 
 def visible(length: int, window_size: int) -> torch.Tensor:
@@ -79,7 +86,7 @@ def visible(length: int, window_size: int) -> torch.Tensor:
 def single_process(q, k, v, dout, *, is_causal: bool, window_size: int | None = None, scale: float | None = None):
     """Output and gradients of plain SDPA over the whole sequence."""
     q, k, v = (x.detach().clone().requires_grad_() for x in (q, k, v))
-    mask = None if window_size is None else visible(q.size(2), window_size)
+    mask = None if window_size is None else visible(q.size(2), window_size).to(q.device)
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=is_causal and mask is None, scale=scale, enable_gqa=q.size(1) != k.size(1)
     )
@@ -94,18 +101,26 @@ def sharded(cp: ContextParallel, q, k, v, dout, **options: Any):
     return tuple(cp.unshard(x.detach(), dim=2) for x in (out, *grads))
 
 
-def make_plan(layout: str = "zigzag", *, ring: int = 1, ulysses: int = 1, outside: str = "ring", **options: Any):
+def make_plan(
+    layout: str = "zigzag",
+    *,
+    ring: int = 1,
+    ulysses: int = 1,
+    outside: str = "ring",
+    device: str = "cpu",
+    **options: Any,
+):
     """A plan over all ranks; `outside` is the axis whose ranks lie further apart."""
     axes = {"ring": ring, "ulysses": ulysses}
     names = ("ring", "ulysses") if outside == "ring" else ("ulysses", "ring")
-    mesh = init_device_mesh("cpu", tuple(axes[name] for name in names), mesh_dim_names=names)
+    mesh = init_device_mesh(device, tuple(axes[name] for name in names), mesh_dim_names=names)
     return ContextParallel(mesh, layout=layout, **options)  # type: ignore[arg-type]
 
 
-def check_every_case(rank: int, world: int, options: dict[str, Any]) -> None:
-    plans = {layout: make_plan(layout, **options) for layout in ("zigzag", "contiguous")}
+def check_every_case(rank: int, world: int, options: dict[str, Any], device: str = "cpu") -> None:
+    plans = {layout: make_plan(layout, device=device, **options) for layout in ("zigzag", "contiguous")}
     for (heads, kv_heads), (mask_name, mask) in itertools.product(HEADS.values(), MASKS.items()):
-        inputs = problem(heads, kv_heads, length=12 * world)
+        inputs = problem(heads, kv_heads, length=12 * world, device=device)
         expected = single_process(*inputs, **mask)
         for layout, plan in plans.items():
             actual = sharded(plan, *inputs, **mask)
@@ -122,10 +137,13 @@ def test_attention_equals_one_process_in_fp64(pool, world, name):
     pool.run(world, check_every_case, PLANS[world][name])
 
 
-def bf16_errors(rank: int, world: int, options: dict[str, Any]) -> list[tuple[str, float, float]]:
-    plan, rows = make_plan(**options), []
+def bf16_errors(
+    rank: int, world: int, options: dict[str, Any], device: str = "cpu", dim: int = 16
+) -> list[tuple[str, float, float]]:
+    plan, rows = make_plan(device=device, **options), []
     for mask_name in ("causal", "full", "window 20"):
-        inputs, mask = problem(8, 2, length=64 * world, dim=16, dtype=torch.bfloat16), MASKS[mask_name]
+        inputs = problem(8, 2, length=64 * world, dim=dim, dtype=torch.bfloat16, device=device)
+        mask = MASKS[mask_name]
         exact = single_process(*(x.double() for x in inputs), **mask)
         single = single_process(*inputs, **mask)
         ours = sharded(plan, *inputs, **mask)

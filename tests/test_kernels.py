@@ -10,7 +10,7 @@ import torch
 from tolerance import assert_matches
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cptrain.context_parallel import kernels
+from cptrain.context_parallel import reference
 from cptrain.context_parallel.kernels import (
     CPU_FLASH,
     KERNELS,
@@ -21,9 +21,9 @@ from cptrain.context_parallel.kernels import (
     choose_kernel,
     forward_block,
     forward_launch,
-    merge,
 )
 from cptrain.context_parallel.launches import Launch, Segments, accumulate, plan_launches, put, take
+from cptrain.context_parallel.merging import merge
 from cptrain.context_parallel.schedule import Block, Shape
 
 SCALE = 0.4
@@ -212,13 +212,25 @@ def test_kernel_never_writes_into_an_input_or_returns_a_part_of_it(kernel, dtype
     assert len(set(storages)) == len(storages)
 
 
-def test_kernel_choice_takes_the_fastest_that_fits():
+def on_generation(monkeypatch, generation: int) -> None:
+    """As if this machine had a CUDA device of that compute capability."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (generation, 0))
+
+
+def test_kernel_choice_takes_the_fastest_that_fits(monkeypatch):
     assert choose_kernel("cpu", torch.float64) is CPU_FLASH
-    assert choose_kernel("cpu", torch.float64, same_dims=False) is REFERENCE
-    assert choose_kernel("cuda", torch.bfloat16).name == "cuda flash"
-    assert choose_kernel("cuda", torch.bfloat16, same_dims=False).name == "efficient"
-    assert choose_kernel("cuda", torch.float32).name == "efficient"
-    assert choose_kernel("cuda", torch.float64) is REFERENCE
+    assert choose_kernel("cpu", torch.float64, key_dim=24, value_dim=16) is REFERENCE
+    for generation, fastest in ((8, "cuda flash"), (9, "cudnn"), (10, "cudnn"), (12, "cuda flash")):
+        on_generation(monkeypatch, generation)
+        assert choose_kernel("cuda", torch.bfloat16).name == fastest
+        assert choose_kernel("cuda", torch.bfloat16, packed=True).name == "cuda flash"
+        assert choose_kernel("cuda", torch.bfloat16, key_dim=256).name == "cuda flash"
+        assert choose_kernel("cuda", torch.bfloat16, key_dim=512).name == "efficient"
+        assert choose_kernel("cuda", torch.bfloat16, key_dim=20).name == "reference"
+        assert choose_kernel("cuda", torch.bfloat16, key_dim=192, value_dim=128).name == "efficient"
+        assert choose_kernel("cuda", torch.float32).name == "efficient"
+        assert choose_kernel("cuda", torch.float64) is REFERENCE
 
 
 def test_kernel_choice_takes_the_one_that_is_named():
@@ -229,14 +241,25 @@ def test_kernel_choice_takes_the_one_that_is_named():
 @pytest.mark.parametrize(
     ("device", "dtype", "options", "message"),
     [
-        ("cpu", torch.int64, {}, r"no attention kernel for torch\.int64 on cpu; what works there: none; cast to"),
+        ("cpu", torch.int64, {}, r"no attention kernel for torch\.int64 on cpu .*; what works there: none; cast to"),
         (
             "cuda",
             torch.float32,
             {"name": "cuda flash"},
             r'"cuda flash" is not there .* works there: efficient, reference',
         ),
-        ("cpu", torch.float32, {"name": "cpu flash", "same_dims": False}, r"another width than keys; .*: reference$"),
+        (
+            "cpu",
+            torch.float32,
+            {"name": "cpu flash", "key_dim": 24, "value_dim": 16},
+            r"keys of 24 and values of 16; .*: reference$",
+        ),
+        (
+            "cuda",
+            torch.bfloat16,
+            {"name": "cudnn", "packed": True},
+            r"keys of 64, packed documents; what works there: cuda flash, efficient, reference",
+        ),
     ],
 )
 def test_kernel_choice_refuses_by_name_and_says_what_works(device, dtype, options, message):
@@ -275,7 +298,7 @@ def test_kernel_reference_scores_few_rows_at_a_time_and_is_the_same(monkeypatch,
     heads, length, tile = 2, 61, 4
     q, k, v, dout = (torch.randn(1, heads, length, 3, dtype=torch.float64) for _ in range(4))
     expected = dense(q, k, v, dout, causal=causal)
-    monkeypatch.setattr(kernels, "ROWS_PER_TILE", tile)
+    monkeypatch.setattr(reference, "ROWS_PER_TILE", tile)
     with LargestTensor() as largest:
         out, lse = REFERENCE.forward(q, k, v, causal, SCALE)
         actual = (out, lse, *REFERENCE.backward(dout, q, k, v, out, lse, causal, SCALE))

@@ -100,16 +100,19 @@ def single_process(q, k, v, dout, ids: torch.Tensor, window_size: int | None):
     """Output and gradients with a dense mask; tokens that see nothing give nothing."""
     q, k, v = (x.detach().clone().requires_grad_() for x in (q, k, v))
     keys, values = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
-    scores = (q @ keys.mT / q.size(-1) ** 0.5).masked_fill(~seen(ids, window_size), -torch.inf)
-    out = torch.where(seen(ids, window_size).any(-1, keepdim=True), scores, 0.0).softmax(-1) @ values
-    out = out * (ids >= 0)[:, None, :, None]
+    mask, real = seen(ids, window_size).to(q.device), (ids >= 0)[:, None, :, None].to(q.device)
+    scores = (q @ keys.mT / q.size(-1) ** 0.5).masked_fill(~mask, -torch.inf)
+    out = torch.where(mask.any(-1, keepdim=True), scores, 0.0).softmax(-1) @ values
+    out = out * real
     return out.detach(), *torch.autograd.grad(out, (q, k, v), dout)
 
 
-def make_plan(*, ring: int = 1, ulysses: int = 1, outside: str = "ring", **options: Any) -> ContextParallel:
+def make_plan(
+    *, ring: int = 1, ulysses: int = 1, outside: str = "ring", device: str = "cpu", **options: Any
+) -> ContextParallel:
     axes = {"ring": ring, "ulysses": ulysses}
     names = ("ring", "ulysses") if outside == "ring" else ("ulysses", "ring")
-    mesh = init_device_mesh("cpu", tuple(axes[name] for name in names), mesh_dim_names=names)
+    mesh = init_device_mesh(device, tuple(axes[name] for name in names), mesh_dim_names=names)
     return ContextParallel(mesh, layout="balanced", **{"chunk_size": CHUNK, **options})
 
 
@@ -123,14 +126,14 @@ def sharded(cp: ContextParallel, q, k, v, dout, ids: torch.Tensor, window_size: 
     return tuple(batch.unshard(x.detach(), dim=2) for x in (out, *grads))
 
 
-def check_every_pack(rank: int, world: int, options: dict[str, Any]) -> None:
-    plan, length = make_plan(**options), 2 * CHUNK * 2 * world
+def check_every_pack(rank: int, world: int, options: dict[str, Any], device: str = "cpu") -> None:
+    plan, length = make_plan(device=device, **options), 2 * CHUNK * 2 * world
     rows = [(name, PACKS[number - 1]) for number, name in enumerate(PACKS)]
     rows = rows[:: {4: 2, 8: 4}.get(world, 1)]  # many ranks take turns on few cores
     for ((heads, kv_heads), window_size), names in itertools.product(
         zip(HEADS.values(), (None, 5, None), strict=True), rows
     ):
-        inputs, ids = problem(heads, kv_heads, length=length), ids_of(names, length)
+        inputs, ids = problem(heads, kv_heads, length=length, device=device), ids_of(names, length)
         expected = single_process(*inputs, ids, window_size)
         actual = sharded(plan, *inputs, ids, window_size)
         for name, a, e in zip(("out", "dq", "dk", "dv"), actual, expected, strict=True):

@@ -10,8 +10,9 @@ rounds of time / bound, both of the same round. Where there are a core per rank 
 until the slowest rank is done; else it is the CPU time of the rank with most, messages included; "computing" is the
 part of the thread that computes. More ranks than cores share caches and cores, and their kernels run slower for it; the
 bound, which only as many ranks as there are cores compute, does not. With --simulate every rank therefore runs by
-itself, as many at a time as there are cores, and a message is a copy in memory (simulated_group.py). Without --plan or
---time both parts run. The pack timed is the one of median work among the first --packs of two documents and more.
+itself, as many at a time as there are cores, and a message is a copy in memory (simulated_group.py); --device cuda then
+runs them in turn on one device, by its own time. Without --plan or --time both parts run. The pack timed is the one of
+median work among the first --packs of two documents and more.
 
     python tools/bench_documents.py                                            # some minutes, on CPUs
     python tools/bench_documents.py --plan --packs 16
@@ -86,6 +87,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dim", type=int, default=64, help="of one head")
     parser.add_argument("--dtype", default="fp32", choices=tuple(DTYPES))
     parser.add_argument("--kernel", default="auto", help="see cptrain.context_parallel.kernels.KERNELS")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="cuda only with --simulate")
     parser.add_argument("--threads", type=int, default=1, help="per rank")
     parser.add_argument("--out", default="outputs/bench", help="folder of documents.csv")
     arguments = parser.parse_args(argv)
@@ -100,6 +102,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for length, ranks in pairs:
         if ranks < 2 or length % (2 * ranks):
             parser.error(f"{length} tokens on {ranks} ranks: needs two ranks at least and a multiple of 2 x ranks")
+    if arguments.device == "cuda" and not arguments.simulate:
+        parser.error("--device cuda: one device runs one rank at a time; add --simulate")
     if arguments.rounds < 1 or arguments.packs < 1:
         parser.error("--rounds and --packs must be at least 1")
     return arguments
@@ -107,9 +111,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def conditions(arguments: argparse.Namespace) -> str:
     heads, kv_heads = arguments.heads
+    machine = f"{arguments.threads} thread(s) per rank, {len(os.sched_getaffinity(0))} cores"
+    if arguments.device == "cuda":
+        machine = torch.cuda.get_device_name()
     text = (
         f"Attention forward + backward, {heads}:{kv_heads} heads of {arguments.dim}, {arguments.dtype}, "
-        f"{arguments.threads} thread(s) per rank, {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}, "
+        f"{machine}, torch {torch.__version__}, "
         f"median of {arguments.rounds} {'' if arguments.simulate else 'paired '}round(s)"
         f"{', every rank by itself' if arguments.simulate else ''}"
     )
@@ -198,6 +205,7 @@ def cases_of(arguments: argparse.Namespace, ranks: int) -> list[Case]:
             threads=arguments.threads,
             rounds=arguments.rounds,
             simulated=arguments.simulate,
+            device=arguments.device,
         )
         for seq_len in arguments.seq_lens
         for name in arguments.sets

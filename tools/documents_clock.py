@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from attention_cases import DTYPES
+from attention_clock import RUNS_ON_CUDA
 from bench_attention import received
 from documents_cases import LayoutName, documents_of, make_cut
 from simulated_group import simulated_ranks
@@ -25,10 +26,11 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from cptrain.context_parallel import ContextParallel
 from cptrain.context_parallel.carrier import cached_shard_blocks
-from cptrain.context_parallel.kernels import backward_block, choose_kernel, forward_block
+from cptrain.context_parallel.kernels import backward_launch, choose_kernel, forward_launch
+from cptrain.context_parallel.launches import Launch
 from cptrain.context_parallel.mask import CAUSAL
 from cptrain.context_parallel.packed_batch import PackedBatch
-from cptrain.context_parallel.schedule import Shape
+from cptrain.context_parallel.schedule import Block, Shape
 from cptrain.distributed.transport import recorded_messages
 
 CAUSAL_RING = "causal ring"  # zigzag that ignores documents
@@ -53,23 +55,34 @@ class Case:
     threads: int = 1
     rounds: int = 3
     simulated: bool = False  # every rank by itself, messages are local copies
+    device: str = "cpu"  # "cuda" only simulated
 
     @property
     def seq_len(self) -> int:
         return sum(self.lengths)
 
+    @property
+    def repeats(self) -> int:
+        """Runs behind one another in one reading of a CUDA device's clock; 0 on CPU."""
+        return RUNS_ON_CUDA if self.device == "cuda" else 0
+
     def tensors(self, tokens: int) -> tuple[torch.Tensor, ...]:
         """Random q, k, v and the gradient of the output, stored [B, T, H, D] as models do."""
-        generator = torch.Generator().manual_seed(tokens)
+        generator = torch.Generator(self.device).manual_seed(tokens)
         heads = (self.heads, self.kv_heads, self.kv_heads, self.heads)
         return tuple(
-            torch.randn(1, tokens, count, self.dim, generator=generator).to(DTYPES[self.dtype]).transpose(1, 2)
+            torch.randn(1, tokens, count, self.dim, generator=generator, device=self.device)
+            .to(DTYPES[self.dtype])
+            .transpose(1, 2)
             for count in heads
         )
 
 
 class Clocks(NamedTuple):
-    """Seconds of one run on one rank. cpu_s: of all threads of the process; thread_s: of the one that computes."""
+    """Seconds of one run on one rank. cpu_s: of all threads of the process; thread_s: of the one that computes.
+
+    On a CUDA device all three are the device's time.
+    """
 
     wall_s: float
     cpu_s: float
@@ -91,9 +104,11 @@ class Times:
 def case_times(cases: Sequence[Case], ranks: int) -> Iterator[list[Times]]:
     """What all ranks measured of every case.
 
-    Each rank is a process of its own, or, simulated, as many processes as there are cores run them in turn.
+    Each rank is a process of its own, or, simulated, as many processes as there are cores, or one device, run them in
+    turn.
     """
-    workers = min(ranks, len(os.sched_getaffinity(0))) if cases[0].simulated else ranks
+    workers = min(ranks, len(os.sched_getaffinity(0)) if cases[0].device == "cpu" else 1)
+    workers = workers if cases[0].simulated else ranks
     target = run_simulated if cases[0].simulated else run_rank
     os.environ["OMP_NUM_THREADS"] = str(cases[0].threads)
     context = multiprocessing.get_context("spawn")
@@ -155,17 +170,19 @@ def measure_simulated(case: Case, ranks: Sequence[int]) -> list[Times]:
     found = {SINGLE: Times(SINGLE)}
     for _ in range(case.rounds):
         for rank in ranks:
-            with simulated_ranks(rank, case.ranks, torch.device("cpu")):
+            with simulated_ranks(rank, case.ranks, torch.device(case.device)):
                 for layout in case.layouts:
                     times, run = layout_run(case, layout, rank)
                     run(0)
                     with recorded_messages() as messages:
-                        clocks = timed(partial(run, case.heads))
+                        clocks = timed(partial(run, case.heads), case.repeats)
                     times = found.setdefault(f"{layout} {rank}", times)
                     times.clocks.append(clocks)
-                    times.sent_bytes = sum(message.num_bytes for message in messages)
-        with simulated_ranks(0, 1, torch.device("cpu")):
-            found[SINGLE].clocks.append(timed(partial(single_run(case), case.heads)))
+                    times.sent_bytes = sum(message.num_bytes for message in messages) // max(case.repeats, 1)
+        with simulated_ranks(0, 1, torch.device(case.device)):
+            run = single_run(case)
+            run(0)
+            found[SINGLE].clocks.append(timed(partial(run, case.heads), case.repeats))
     return list(found.values())
 
 
@@ -192,8 +209,20 @@ def measure(case: Case, rank: int) -> list[Times]:
     return [times for times, _ in tried]
 
 
-def timed(run: Run) -> Clocks:
-    """One run that starts on all ranks at once; the next one starts when all have ended."""
+def timed(run: Run, repeats: int = 0) -> Clocks:
+    """One run that starts on all ranks at once; the next one starts when all have ended.
+
+    With repeats, so many behind one another on a CUDA device, and the device's time of one.
+    """
+    if repeats:
+        begin, finish = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(repeats):
+            run()
+        finish.record()
+        finish.synchronize()
+        seconds = begin.elapsed_time(finish) / repeats / 1e3
+        return Clocks(seconds, seconds, seconds)
     dist.barrier()
     start = time.perf_counter(), time.process_time(), time.thread_time()
     run()
@@ -203,25 +232,35 @@ def timed(run: Run) -> Clocks:
 
 
 def single_run(case: Case) -> Callable[[int], None]:
-    """Document after document with the kernel of one device: forward and backward of so many heads, 0 for a group."""
+    """Every document by itself with the kernel of one device: forward and backward of so many heads, 0 for a group.
+
+    One after another, or all in one call of a kernel that takes packed segments.
+    """
     tensors = case.tensors(case.seq_len)
-    kernel = choose_kernel("cpu", DTYPES[case.dtype], name=case.kernel)
+    kernel = choose_kernel(case.device, DTYPES[case.dtype], key_dim=case.dim, packed=True, name=case.kernel)
     spans = list(documents_of(case.lengths).spans())
     scale = 1 / math.sqrt(case.dim)
+    calls = [(slice(start, stop), _triangles([(start, stop)])) for start, stop in spans]
+    if kernel.forward_packed is not None:
+        calls = [(slice(0, case.seq_len), _triangles(spans))]
 
     def run(heads: int) -> None:
         q, k, v, dout = some_heads(case, tensors, heads)
         # Gradients go into tensors of the whole pack, as the caller of any attention gets them.
         out, gradients = torch.empty_like(q), [torch.empty_like(x) for x in (q, k, v)]
-        for start, stop in spans:
-            part, ours, keys, values = (x[:, :, start:stop] for x in (dout, q, k, v))
-            result, lse = forward_block(kernel, ours, keys, values, Shape.LOWER, scale)
-            out[:, :, start:stop] = result
-            found = backward_block(kernel, part, ours, keys, values, result, lse, Shape.LOWER, scale)
+        for rows, launch in calls:
+            part, ours, keys, values = (x[:, :, rows] for x in (dout, q, k, v))
+            result, lse = forward_launch(kernel, ours, keys, values, launch, scale)
+            out[:, :, rows] = result
+            found = backward_launch(kernel, part, ours, keys, values, result, lse, launch, scale)
             for whole, gradient in zip(gradients, found, strict=True):
-                whole[:, :, start:stop] = gradient
+                whole[:, :, rows] = gradient
 
     return run
+
+
+def _triangles(spans: Sequence[tuple[int, int]]) -> Launch:
+    return Launch(Shape.LOWER, tuple(Block(start, stop, start, stop, Shape.LOWER) for start, stop in spans))
 
 
 def some_heads(case: Case, tensors: tuple[torch.Tensor, ...], heads: int) -> tuple[torch.Tensor, ...]:
@@ -234,7 +273,7 @@ def some_heads(case: Case, tensors: tuple[torch.Tensor, ...], heads: int) -> tup
 
 def layout_run(case: Case, layout: str, rank: int) -> tuple[Times, Callable[[int], None]]:
     """What is known of a layout on this rank, and its forward and backward pass."""
-    mesh = init_device_mesh("cpu", (case.ranks,), mesh_dim_names=("ring",))
+    mesh = init_device_mesh(case.device, (case.ranks,), mesh_dim_names=("ring",))
     if layout == CAUSAL_RING:
         plan = ContextParallel(mesh, ulysses=None, kernel=case.kernel)
         cut, mask, batch, route = plan.ring_layout(case.seq_len), CAUSAL, None, "ring"

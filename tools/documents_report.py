@@ -113,7 +113,7 @@ def combine(case: Case, ranks: Sequence[Times], single: Sequence[Times]) -> Time
         kv_heads=case.kv_heads,
         dim=case.dim,
         dtype=case.dtype,
-        clock="wall" if enough else "cpu",
+        clock="device" if case.repeats else "wall" if enough else "cpu",
         simulated=case.simulated,
         route=ranks[0].route,
         imbalance=max(work) * len(work) / sum(work),

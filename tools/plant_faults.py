@@ -99,7 +99,7 @@ FAULTS = (
     Fault(
         "lse-sign",
         "the weights of two blocks are exchanged when they are merged",
-        "kernels.py",
+        "merging.py",
         "torch.sigmoid(block_lse - lse)",
         "torch.sigmoid(lse - block_lse)",
     ),

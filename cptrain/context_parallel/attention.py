@@ -118,7 +118,7 @@ def attention(
     """
     plan = Route.decode(route)
     carrier = plan.carrier(*plan.layout_and_mask(k.size(2), packing, causal=causal, window=window))
-    kernel = _kernel(plan, q, k, v)
+    kernel = _kernel(plan, k, v, packed=packing is not None)
     q, k, v = (arranged(x) for x in (q, k, v))
     forward = Forward(kernel, q, num_kv_heads=k.size(1), value_dim=v.size(-1), causal=causal, scale=scale)
     kept = carrier.forward(k, v, forward)
@@ -126,8 +126,10 @@ def attention(
     return _stored_by_token(out), lse, kept
 
 
-def _kernel(plan: Route, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Kernel:
-    return choose_kernel(q.device.type, q.dtype, same_dims=k.size(-1) == v.size(-1), name=plan.kernel)
+def _kernel(plan: Route, k: torch.Tensor, v: torch.Tensor, *, packed: bool) -> Kernel:
+    return choose_kernel(
+        k.device.type, k.dtype, key_dim=k.size(-1), value_dim=v.size(-1), packed=packed, name=plan.kernel
+    )
 
 
 def _stored_by_token(x: torch.Tensor) -> torch.Tensor:
@@ -160,7 +162,7 @@ def attention_backward(
     """dq, dk, dv of `attention`, shaped and typed as q, k, v."""
     plan = Route.decode(route)
     carrier = plan.carrier(*plan.layout_and_mask(k.size(2), packing, causal=causal, window=window))
-    kernel = _kernel(plan, q, k, v)
+    kernel = _kernel(plan, k, v, packed=packing is not None)
     dout, q, k, v = (arranged(x) for x in (dout, q, k, v))
     backward = Backward(kernel, (dout, q, out, lse), num_kv_heads=k.size(1), causal=causal, scale=scale)
     dk, dv = carrier.backward(k, v, kept, backward)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from cptrain.context_parallel.carrier import Gradients, Piece, Sums, accumulator_dtype, new_heads, new_sums
-from cptrain.context_parallel.kernels import Kernel, backward_launch, forward_launch, merge, packs
+from cptrain.context_parallel.kernels import Kernel, backward_launch, forward_launch, packs
 from cptrain.context_parallel.launches import Launch, Ranges, accumulate, one_range, plan_launches, put, take
+from cptrain.context_parallel.merging import merge
 from cptrain.context_parallel.schedule import Shape
 
 # Gradients of so many launches of one piece are kept until the piece is done; of more, whose keys overlap, a sum.

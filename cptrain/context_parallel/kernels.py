@@ -5,27 +5,20 @@ A row's softmax runs over all its blocks. Forward gives each block its own norma
 `merge` folds them. Backward gets the *final* out and lse for every block: p = exp(s - lse) is then the true
 probability, and delta = rowsum(dout * out) the true correction. Block-local values would give wrong gradients without
 any error.
-
-This file and `cptrain.distributed` hold every private torch symbol of the project.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from cptrain.context_parallel import backends, reference
 from cptrain.context_parallel.launches import Launch, Segments, segments
 from cptrain.context_parallel.schedule import Shape
-
-aten = torch.ops.aten
-
-# Query rows the reference kernel scores at once: it never holds more than this many rows of scores.
-ROWS_PER_TILE = 1024
 
 Forward = Callable[[Tensor, Tensor, Tensor, bool, float], tuple[Tensor, Tensor]]
 Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool, float], tuple[Tensor, Tensor, Tensor]]
@@ -52,254 +45,105 @@ class Kernel:
     backward: Backward
     forward_packed: ForwardPacked | None = None
     backward_packed: BackwardPacked | None = None
-    groups_heads: bool = True  # kv heads stay as few as they are; otherwise they are repeated for the call
     differing_dims: bool = False  # values may be wider or narrower than keys
-    by_itself: bool = True  # chosen by "auto"; otherwise only by name
+    most_dim: int | None = None  # of keys and values
+    dim_multiple: int = 1  # that the widths of keys and values are
+    any_shapes: bool = True  # a new shape of a block costs nothing; otherwise packed documents are not for it
+    generations: frozenset[int] | None = None  # of CUDA devices (compute capability 9.x is 9) on which "auto" means it
 
-
-def _unit_stride(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors with a last dim of stride 1, which flash kernels assume unseen: F.sdpa checks it, they do not."""
-    return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
-
-
-def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    q, k, v = _unit_stride(q, k, v)
-    return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
-
-
-def _cpu_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v, out = _unit_stride(q, k, v, out)
-    return aten._scaled_dot_product_flash_attention_for_cpu_backward(dout, q, k, v, out, lse, 0.0, causal, scale=scale)
-
-
-# The CUDA backends' backward asks for the state of a dropout generator, which nothing reads at dropout 0, and for
-# offsets of packed sequences, which None leaves out.
-
-
-def _cuda_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    q, k, v = _unit_stride(q, k, v)
-    out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
-    return out, lse
-
-
-def _cuda_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v, out = _unit_stride(q, k, v, out)
-    unused = torch.empty((), dtype=torch.uint64, device=q.device)
-    return aten._scaled_dot_product_flash_attention_backward(
-        dout, q, k, v, out, lse.contiguous(), None, None, q.size(2), k.size(2), 0.0, causal, unused, unused, scale=scale
-    )
-
-
-def _cuda_forward_packed(
-    q: Tensor, k: Tensor, v: Tensor, packed: Segments, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
-    q, k, v = (_by_token(x) for x in (q, k, v))
-    out, lse, *_ = aten._flash_attention_forward(q, k, v, *packed, 0.0, causal, False, scale=scale)
-    return out.transpose(0, 1).unsqueeze(0), lse.unsqueeze(0)
-
-
-def _cuda_backward_packed(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    packed: Segments,
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    tensors = [_by_token(x) for x in (dout, q, k, v, out)]
-    unused = torch.empty((), dtype=torch.uint64, device=q.device)
-    grads = aten._flash_attention_backward(
-        *tensors, lse[0].contiguous(), *packed, 0.0, causal, unused, unused, scale=scale
-    )
-    dq, dk, dv = (grad.transpose(0, 1).unsqueeze(0) for grad in grads)
-    return dq, dk, dv
-
-
-def _by_token(x: Tensor) -> Tensor:
-    """x [1, H, T, D] as [T, H, D], which kernels of packed segments take."""
-    return _unit_stride(x[0].transpose(0, 1))[0]
-
-
-def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    q, k, v = _unit_stride(q, k, v)
-    out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)
-    return out, lse.view(q.shape[:3])
-
-
-def _cudnn_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v, out = _unit_stride(q, k, v, out)
-    unused = torch.empty((), dtype=torch.int64, device=q.device)
-    lse = lse.contiguous().unsqueeze(-1)
-    lengths = (None, None, q.size(2), k.size(2))
-    return aten._scaled_dot_product_cudnn_attention_backward(
-        dout, q, k, v, out, lse, unused, unused, None, *lengths, 0.0, causal, scale=scale
-    )
-
-
-def _efficient_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    k, v = _expand(k, q.size(1)), _expand(v, q.size(1))
-    q, k, v = _unit_stride(q, k, v)
-    out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal, scale=scale)
-    return out, lse[:, :, : q.size(2)]
-
-
-def _efficient_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    keys, values = _expand(k, q.size(1)), _expand(v, q.size(1))
-    q, keys, values, out = _unit_stride(q, keys, values, out)
-    unused = torch.empty((), dtype=torch.int64, device=q.device)
-    # This backend reads lse in whole tiles of 32 rows; +inf gives the rows behind the last one no probability.
-    padded = torch.nn.functional.pad(lse, (0, -lse.size(2) % 32), value=math.inf)
-    dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
-        dout, q, keys, values, None, out, padded, unused, unused, 0.0, [True, True, True, False], causal, scale=scale
-    )
-    return dq, _reduce(dk, k.size(1)), _reduce(dv, k.size(1))
-
-
-def _expand(x: Tensor, num_heads: int) -> Tensor:
-    return x.repeat_interleave(num_heads // x.size(1), dim=1) if x.size(1) != num_heads else x
-
-
-def _reduce(x: Tensor, num_kv_heads: int) -> Tensor:
-    """The gradient of `_expand`: repeats are summed."""
-    return x if x.size(1) == num_kv_heads else x.unflatten(1, (num_kv_heads, -1)).sum(2)
-
-
-def _reference_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    k, v = _expand(k, q.size(1)).to(wide), _expand(v, q.size(1)).to(wide)
-    outs, lses = [], []
-    for start in range(0, q.size(2), ROWS_PER_TILE):
-        scores = _scores(q[:, :, start : start + ROWS_PER_TILE].to(wide), k, start, causal, scale)
-        lse = scores.logsumexp(-1)
-        outs.append(torch.exp(scores - lse[..., None]) @ v)
-        lses.append(lse)
-    return torch.cat(outs, 2).to(q.dtype), torch.cat(lses, 2)
-
-
-def _scores(q: Tensor, k: Tensor, start: int, causal: bool, scale: float) -> Tensor:
-    """Scaled scores of query rows that begin at `start` of the block, -inf where the causal mask hides the key."""
-    scores = (q @ k.mT) * scale
-    if causal:
-        rows = torch.arange(start, start + q.size(2), device=q.device)
-        scores.masked_fill_(torch.arange(k.size(2), device=q.device) > rows[:, None], -math.inf)
-    return scores
-
-
-def _reference_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    keys, values = _expand(k, q.size(1)).to(wide), _expand(v, q.size(1)).to(wide)
-    dq, dk, dv = torch.empty_like(q), torch.zeros_like(keys), torch.zeros_like(values)
-    for start in range(0, q.size(2), ROWS_PER_TILE):
-        rows = slice(start, start + ROWS_PER_TILE)
-        queries, dtile = q[:, :, rows].to(wide), dout[:, :, rows].to(wide)
-        p = torch.exp(_scores(queries, keys, start, causal, scale) - lse[:, :, rows, None])
-        delta = (dtile * out[:, :, rows].to(wide)).sum(-1, keepdim=True)
-        ds = p * (dtile @ values.mT - delta) * scale
-        dq[:, :, rows] = (ds @ keys).to(q.dtype)
-        dk += ds.mT @ queries
-        dv += p.mT @ dtile
-    return dq, _reduce(dk, k.size(1)).to(k.dtype), _reduce(dv, k.size(1)).to(v.dtype)
-
-
-def _reference_forward_packed(
-    q: Tensor, k: Tensor, v: Tensor, packed: Segments, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
-    results = [_reference_forward(q[:, :, rows], k[:, :, at], v[:, :, at], causal, scale) for rows, at in _cuts(packed)]
-    outs, lses = zip(*results, strict=True)
-    return torch.cat(outs, 2), torch.cat(lses, 2)
-
-
-def _reference_backward_packed(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    packed: Segments,
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    results = []
-    for rows, at in _cuts(packed):
-        tensors = (dout[:, :, rows], q[:, :, rows], k[:, :, at], v[:, :, at], out[:, :, rows], lse[:, :, rows])
-        results.append(_reference_backward(*tensors, causal, scale))
-    dq, dk, dv = (torch.cat(parts, 2) for parts in zip(*results, strict=True))
-    return dq, dk, dv
-
-
-def _cuts(packed: Segments) -> Iterator[tuple[slice, slice]]:
-    """Queries and keys of each segment."""
-    queries, keys = packed.q_offsets.tolist(), packed.k_offsets.tolist()
-    for number in range(len(queries) - 1):
-        yield slice(*queries[number : number + 2]), slice(*keys[number : number + 2])
+    def fits(self, key_dim: int, value_dim: int) -> bool:
+        """Whether it takes keys and values of these widths."""
+        wide = self.most_dim is not None and max(key_dim, value_dim) > self.most_dim
+        odd = key_dim % self.dim_multiple or value_dim % self.dim_multiple
+        return not (wide or odd) and (key_dim == value_dim or self.differing_dims)
 
 
 _HALF = frozenset({torch.bfloat16, torch.float16})
 _ANY = frozenset({torch.float64, torch.float32, *_HALF})
-CPU_FLASH = Kernel("cpu flash", frozenset({"cpu"}), _ANY, _cpu_forward, _cpu_backward)
+CPU_FLASH = Kernel("cpu flash", frozenset({"cpu"}), _ANY, backends.cpu_forward, backends.cpu_backward)
+# On Hopper 1.7 times as fast as flash, forward and backward, but it builds a plan for every new shape of a block.
+CUDNN = Kernel(
+    "cudnn",
+    frozenset({"cuda"}),
+    _HALF,
+    backends.cudnn_forward,
+    backends.cudnn_backward,
+    differing_dims=True,
+    most_dim=128,
+    dim_multiple=8,
+    any_shapes=False,
+    generations=frozenset({9, 10}),
+)
 # Also FlashAttention 3 or 4, once torch.nn.attention.activate_flash_attention_impl has put it behind the same operator.
 CUDA_FLASH = Kernel(
     "cuda flash",
     frozenset({"cuda"}),
     _HALF,
-    _cuda_forward,
-    _cuda_backward,
-    forward_packed=_cuda_forward_packed,
-    backward_packed=_cuda_backward_packed,
+    backends.flash_forward,
+    backends.flash_backward,
+    forward_packed=backends.flash_forward_packed,
+    backward_packed=backends.flash_backward_packed,
+    most_dim=256,
+    dim_multiple=8,
 )
-CUDNN = Kernel("cudnn", frozenset({"cuda"}), _HALF, _cudnn_forward, _cudnn_backward, by_itself=False)
 EFFICIENT = Kernel(
     "efficient",
     frozenset({"cuda"}),
     frozenset({torch.float32, *_HALF}),
-    _efficient_forward,
-    _efficient_backward,
-    groups_heads=False,
+    backends.efficient_forward,
+    backends.efficient_backward,
     differing_dims=True,
+    dim_multiple=8,
 )
 REFERENCE = Kernel(
     "reference",  # plain torch, on any device; several times slower than a flash kernel
     frozenset({"cpu", "cuda", "meta"}),
     _ANY,
-    _reference_forward,
-    _reference_backward,
-    forward_packed=_reference_forward_packed,
-    backward_packed=_reference_backward_packed,
-    groups_heads=False,
+    reference.reference_forward,
+    reference.reference_backward,
+    forward_packed=reference.reference_forward_packed,
+    backward_packed=reference.reference_backward_packed,
     differing_dims=True,
 )
-KERNELS = (CPU_FLASH, CUDA_FLASH, CUDNN, EFFICIENT, REFERENCE)  # the first that fits is taken
+KERNELS = (CPU_FLASH, CUDNN, CUDA_FLASH, EFFICIENT, REFERENCE)  # "auto" is the first that fits
 
 
-@lru_cache(maxsize=64)
-def choose_kernel(device_type: str, dtype: torch.dtype, *, same_dims: bool = True, name: str = "auto") -> Kernel:
-    """The kernel of this name, or by "auto" the fastest, for a device, a dtype, and values as wide as keys or not.
+def choose_kernel(
+    device_type: str,
+    dtype: torch.dtype,
+    *,
+    key_dim: int = 64,
+    value_dim: int | None = None,
+    packed: bool = False,
+    name: str = "auto",
+) -> Kernel:
+    """The kernel of this name, or by "auto" the fastest, for a device, a dtype, and the widths of keys and values.
 
-    Raises NotImplementedError that names what would work.
+    packed: of packed documents, whose blocks have ever new shapes. Raises NotImplementedError that names what would
+    work.
     """
+    generation = torch.cuda.get_device_capability()[0] if device_type == "cuda" and torch.cuda.is_available() else 0
+    return _choose(device_type, generation, dtype, key_dim, key_dim if value_dim is None else value_dim, packed, name)
+
+
+@lru_cache(maxsize=256)
+def _choose(
+    device_type: str, generation: int, dtype: torch.dtype, key_dim: int, value_dim: int, packed: bool, name: str
+) -> Kernel:
     fitting = [
         kernel
         for kernel in KERNELS
-        if device_type in kernel.devices and dtype in kernel.dtypes and (same_dims or kernel.differing_dims)
+        if device_type in kernel.devices
+        and dtype in kernel.dtypes
+        and kernel.fits(key_dim, value_dim)
+        and (kernel.any_shapes or not packed)
     ]
     for kernel in fitting:
-        if kernel.name == name or (name == "auto" and kernel.by_itself):
+        by_itself = kernel.generations is None or generation in kernel.generations
+        if kernel.name == name or (name == "auto" and by_itself):
             return kernel
-    what = f"{dtype} on {device_type}{'' if same_dims else ' with values of another width than keys'}"
+    widths = f"{key_dim}" if key_dim == value_dim else f"{key_dim} and values of {value_dim}"
+    what = f"{dtype} on {device_type} with keys of {widths}{', packed documents' if packed else ''}"
     wanted = "no attention kernel" if name == "auto" else f'the attention kernel "{name}" is not there'
     offered = (
         ", ".join(kernel.name for kernel in fitting) or "none; cast to bfloat16 or float32, or move to cpu or cuda"
@@ -372,16 +216,3 @@ def backward_launch(
         tensors = tuple(x.flip(2) for x in tensors)  # type: ignore[assignment]
     dq, dk, dv = kernel.backward_packed(*tensors, packed, launch.shape is not Shape.FULL, scale)
     return (dq.flip(2), dk.flip(2), dv.flip(2)) if upper else (dq, dk, dv)
-
-
-def merge(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
-    """Fold one block's attention into the running result, in place.
-
-    Shapes: out, block_out [B, H, T, D]; lse, block_lse [B, H, T]. Accumulators are fp32 (fp64 in, fp64 kept).
-    A row that has seen no key carries lse = -inf and out = 0, and stays so until a block shows it one.
-    Source: online softmax, arXiv:1805.02867, with the block's weight sigmoid(block_lse - lse), which cannot overflow.
-    """
-    # -inf - -inf is NaN where neither side has seen a key: the weight is then 0 and the row stays as it is.
-    weight = torch.sigmoid(block_lse - lse).nan_to_num_(nan=0.0)
-    out.lerp_(block_out.to(out.dtype), weight.unsqueeze(-1))
-    torch.logaddexp(lse, block_lse, out=lse)

@@ -316,7 +316,11 @@ class Trainer:
             logger.info(line)
         if self.parallel.context_modules:
             kernel = choose_kernel(
-                self.device.type, self.precision.param, name=self.settings.parallelism.attention_kernel
+                self.device.type,
+                self.precision.param,
+                key_dim=self.shape.head_dim,
+                packed=self.settings.data.document_mask,
+                name=self.settings.parallelism.attention_kernel,
             )
             logger.info(f"attention kernel  {kernel.name}, {self.precision.param}")
 
