@@ -77,6 +77,9 @@ def _run(
     torch.manual_seed(0)
     if backend == staged_group.BACKEND:
         staged_group.register()
+        if torch.cuda.is_available():
+            torch.cuda.set_device(0)  # or a mesh would take the device of LOCAL_RANK
+            torch.cuda.init()
     elif "nccl" in backend:
         torch.cuda.set_device(rank)
     dist.init_process_group(

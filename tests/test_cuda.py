@@ -43,9 +43,14 @@ SCALE = 0.15
 # Norm of the error over that of the exact result.
 LIMITS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 CASES = [(kernel, dtype) for kernel in KERNELS if "cuda" in kernel.devices for dtype in sorted(kernel.dtypes, key=str)]
-every_case = pytest.mark.parametrize(
-    ("kernel", "dtype"), CASES, ids=lambda x: x.name if isinstance(x, Kernel) else str(x).removeprefix("torch.")
-)
+
+
+def name_of(value: Any) -> str:
+    """Of a parameter, the same in every process."""
+    return value.name if isinstance(value, Kernel) else str(value).removeprefix("torch.")
+
+
+every_case = pytest.mark.parametrize(("kernel", "dtype"), CASES, ids=name_of)
 # (causal, query length, key length, query heads, kv heads): on and off the edges of tiles
 SHAPES = {
     "causal": (True, 256, 256, 4, 4),
@@ -73,12 +78,12 @@ def tensors(shape: str, dtype: torch.dtype, *, dim: int = 64, batch: int = 2) ->
 
 
 def assert_near(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype, what: str, *, times: float = 1):
-    """Relative to the norm, within what the dtype allows."""
+    """Relative to the norm, within what the dtype allows; a result that is 0 (one token alone) to numbers of 0.1."""
     assert actual.shape == expected.shape, what
     assert actual.isfinite().all(), what
     error, signal = (actual.double() - expected.double()).norm(), expected.double().norm()
-    limit = LIMITS[dtype] * times * max(signal.item(), 1e-3)
-    assert error <= limit, f"{what}: error {error:.2e}, allowed {limit:.2e}"
+    limit = LIMITS[dtype] * times * max(signal.item(), 0.1 * expected.numel() ** 0.5)
+    assert error <= limit, f"{what}: error {error:.2e}, allowed {limit:.2e}, signal {signal:.2e}"
 
 
 def dense_on_device(*inputs: torch.Tensor, causal: bool) -> list[torch.Tensor]:
@@ -171,7 +176,7 @@ def test_cuda_kernel_computes_upper_triangles(kernel, dtype):
 
 @pytest.mark.parametrize("shape", list(Shape), ids=lambda shape: shape.value)
 @pytest.mark.parametrize("kv_heads", [1, 2, 8])
-@pytest.mark.parametrize(("kernel", "dtype"), [case for case in CASES if case[0].forward_packed], ids=str)
+@pytest.mark.parametrize(("kernel", "dtype"), [case for case in CASES if case[0].forward_packed], ids=name_of)
 def test_cuda_kernel_of_packed_segments_equals_each_block_by_itself(kernel, dtype, kv_heads, shape):
     generator = torch.Generator().manual_seed(1)
     q, k, v, dout = (

@@ -23,7 +23,9 @@ from cptrain.context_parallel.schedule import Shape
 
 Run = Callable[[], Any]
 
-RUNS_ON_CUDA = 5  # behind one another, in one reading of the clock
+# Of the single kernel, behind one another, in one reading of the clock. As in training, the host is then ahead of the
+# device: one run by itself would begin with what the host takes.
+RUNS_ON_CUDA = 5
 
 
 @dataclass
@@ -236,13 +238,19 @@ def measure(
         row.sent_bytes = traffic.sent_bytes
         if memory:
             row.peak_bytes = transient_bytes(run, device)
-    # As in training, the host is ahead of a CUDA device: one run by itself would begin with what the host takes.
-    repeats = RUNS_ON_CUDA if device.type == "cuda" else 1
+    cuda = device.type == "cuda"
     for number in range(-1 if rounds else 0, rounds):
-        alone = {which: seconds(single[which], device, together=together, repeats=repeats) for which in passes}
-        if number < 0:
-            continue  # warms up the single kernel
+        alone: dict[str, float] = {}
         for row, run in zip(rows, runs, strict=True):
+            # A CUDA device that has just worked hard is slower: there the single kernel runs right before each row, and
+            # as long as it.
+            if cuda or row.passes not in alone:
+                alone[row.passes] = seconds(
+                    single[row.passes], device, together=together, repeats=RUNS_ON_CUDA if cuda else 1
+                )
+            if number < 0:
+                continue  # warms up the single kernel
+            repeats = RUNS_ON_CUDA * row.variant.ranks if cuda else 1
             with counted(device) as traffic:
                 taken = seconds(run, device, together=together, repeats=repeats)
             row.single_s.append(alone[row.passes])

@@ -19,7 +19,6 @@ from cptrain.context_parallel.carrier import (
     accumulator_dtype,
     cached_whole_blocks,
     new_heads,
-    new_sums,
 )
 from cptrain.context_parallel.layout import Layout
 from cptrain.context_parallel.mask import Mask
@@ -46,15 +45,16 @@ class AllGather:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         wide = accumulator_dtype(k.dtype)
         total = new_heads(k, wide), new_heads(v, wide)
-        to_shards, _ = _chunk_orders(self._layout, k.device)
+        widths = [k.size(-1), v.size(-1)]
+        to_shards, _ = _chunk_orders(self._layout, k.size(0), k.device)
 
         def visit(piece: Piece) -> None:
-            whole = new_sums(piece.keys, wide), new_sums(piece.values, wide)
-            compute(piece, whole)
-            both = self._reordered(torch.cat(whole, -1), to_shards)  # [B, 1, S, Dk + Dv] in sharded order
-            parts = both.unflatten(2, (self._layout.num_ranks, -1)).movedim(2, 0).contiguous()
+            both = torch.zeros(k.size(0), 1, self._layout.length, sum(widths), dtype=wide, device=k.device)
+            of_keys, of_values = both.split(widths, -1)
+            compute(piece, (of_keys, of_values))
+            parts = self._reordered(both, to_shards).view(self._layout.num_ranks, k.size(0), 1, k.size(2), -1)
             own = self._gathering.reduce_scatter(parts)
-            for x, part in zip(total, own.split([k.size(-1), v.size(-1)], -1), strict=True):
+            for x, part in zip(total, own.split(widths, -1), strict=True):
                 x[:, piece.first_head : piece.first_head + 1] = part
 
         self._visit(k, v, visit)
@@ -62,7 +62,7 @@ class AllGather:
 
     def _visit(self, k: torch.Tensor, v: torch.Tensor, visit: Callable[[Piece], None]) -> None:
         """One head after another, the next always under way."""
-        _, to_sequence = _chunk_orders(self._layout, k.device)
+        _, to_sequence = _chunk_orders(self._layout, k.size(0), k.device)
         under_way = self._post(k, v, 0)
         for head in range(k.size(1)):
             parts, work = under_way
@@ -70,21 +70,28 @@ class AllGather:
                 work.wait()
             if head + 1 < k.size(1):
                 under_way = self._post(k, v, head + 1)
-            # [N, B, 1, T, D] -> [B, 1, N * T, D], then from sharded to global order
-            both = self._reordered(parts.movedim(0, 2).flatten(2, 3), to_sequence)
+            both = self._reordered(parts, to_sequence).view(k.size(0), 1, self._layout.length, -1)
             keys, values = both.split([k.size(-1), v.size(-1)], -1)
             visit(Piece(keys, values, self._blocks, first_head=head))
 
     def _post(self, k: torch.Tensor, v: torch.Tensor, head: int) -> tuple[torch.Tensor, dist.Work | None]:
-        return self._gathering.post(torch.cat((k[:, head : head + 1], v[:, head : head + 1]), -1))
+        both = k.new_empty(k.size(0), 1, k.size(2), k.size(-1) + v.size(-1))
+        both[..., : k.size(-1)] = k[:, head : head + 1]
+        both[..., k.size(-1) :] = v[:, head : head + 1]
+        return self._gathering.post(both)
 
     def _reordered(self, x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-        """x [B, h, S, D] with its chunks in this order."""
-        return x.unflatten(2, (-1, self._layout.chunk_size)).index_select(2, order).flatten(2, 3)
+        """The chunks of x, of which all rows follow one another in memory, in this order: [B * chunks, numbers]."""
+        return x.view(order.numel(), -1).index_select(0, order)
 
 
 @lru_cache(maxsize=16)
-def _chunk_orders(layout: Layout, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices that put chunks from global into sharded order, and back; copied to the device once per layout."""
-    order = torch.tensor([chunk for shard in layout.chunks for chunk in shard])
+def _chunk_orders(layout: Layout, batch: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices that put chunks from global order [B, S] into sharded order [N, B, T], and back.
+
+    Copied to the device once per layout.
+    """
+    chunks = torch.tensor(layout.chunks)  # [N, chunks of a rank]
+    rows = torch.arange(batch)[:, None] * chunks.numel()
+    order = (chunks[:, None] + rows).flatten()
     return order.to(device), torch.argsort(order).to(device)

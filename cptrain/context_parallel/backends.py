@@ -30,7 +30,7 @@ def cpu_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> 
 def cpu_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v, out = _unit_stride(q, k, v, out)
+    dout, q, k, v, out = _unit_stride(dout, q, k, v, out)
     return aten._scaled_dot_product_flash_attention_for_cpu_backward(dout, q, k, v, out, lse, 0.0, causal, scale=scale)
 
 
@@ -47,7 +47,7 @@ def flash_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -
 def flash_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v, out = _unit_stride(q, k, v, out)
+    dout, q, k, v, out = _unit_stride(dout, q, k, v, out)
     unused = torch.empty((), dtype=torch.uint64, device=q.device)
     return aten._scaled_dot_product_flash_attention_backward(
         dout, q, k, v, out, lse.contiguous(), None, None, q.size(2), k.size(2), 0.0, causal, unused, unused, scale=scale
@@ -100,7 +100,7 @@ def cudnn_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if k.size(2) == 1:
         return efficient_backward(dout, q, k, v, out, lse, causal, scale)
-    q, k, v, out = _unit_stride(q, k, v, out)
+    dout, q, k, v, out = _unit_stride(dout, q, k, v, out)
     unused = torch.empty((), dtype=torch.int64, device=q.device)
     lse = lse.contiguous().unsqueeze(-1)
     lengths = (None, None, q.size(2), k.size(2))
@@ -120,7 +120,7 @@ def efficient_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     keys, values = expand_heads(k, q.size(1)), expand_heads(v, q.size(1))
-    q, keys, values, out = _unit_stride(q, keys, values, out)
+    dout, q, keys, values, out = _unit_stride(dout, q, keys, values, out)
     unused = torch.empty((), dtype=torch.int64, device=q.device)
     # This backend reads lse in whole tiles of 32 rows; +inf gives the rows behind the last one no probability.
     padded = torch.nn.functional.pad(lse, (0, -lse.size(2) % 32), value=math.inf)

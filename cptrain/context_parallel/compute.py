@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from cptrain.context_parallel.carrier import Gradients, Piece, Sums, accumulator_dtype, new_heads, new_sums
@@ -38,8 +40,7 @@ class Forward:
     def result(self) -> tuple[torch.Tensor, torch.Tensor]:
         """out [B, H, T, Dv] in the dtype of q, lse [B, H, T] in fp32 (fp64)."""
         outs, lses = zip(*(rows.result() for rows in self._parts.values()), strict=True)
-        out = outs[0] if len(outs) == 1 else torch.cat([x.to(self._q.dtype) for x in outs], 1)
-        return out.to(self._q.dtype), lses[0] if len(lses) == 1 else torch.cat(lses, 1)
+        return _together(outs, self._q), lses[0] if len(lses) == 1 else torch.cat(lses, 1)
 
 
 class Backward:
@@ -88,9 +89,7 @@ class Backward:
     def dq(self) -> torch.Tensor:
         """[B, H, T, D] in the dtype of q; 0 for queries that see nothing."""
         q = self._tensors[1]
-        totals = list(self._dqs.values()) or [torch.zeros_like(q)]
-        dq = totals[0] if len(totals) == 1 else torch.cat([x.to(q.dtype) for x in totals], 1)
-        return dq.to(q.dtype)
+        return _together(list(self._dqs.values()) or [torch.zeros_like(q)], q)
 
 
 class _Rows:
@@ -125,6 +124,16 @@ class _Rows:
             self._out = new_heads(self._q, wide, self._value_dim).zero_()
             self._lse = torch.full(self._q.shape[:3], -torch.inf, dtype=wide, device=self._q.device)
         return self._out, self._lse
+
+
+def _together(parts: Sequence[torch.Tensor], q: torch.Tensor) -> torch.Tensor:
+    """Parts [B, h, T, D] of the heads, in order, as one tensor in the dtype of q."""
+    if len(parts) == 1:
+        return parts[0].to(q.dtype)
+    whole = new_heads(q, q.dtype, parts[0].size(-1))
+    for part, heads in zip(parts, whole.split([part.size(1) for part in parts], 1), strict=True):
+        heads.copy_(part)
+    return whole
 
 
 def _heads(piece: Piece, group: int) -> slice:

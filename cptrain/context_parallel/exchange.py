@@ -21,6 +21,7 @@ from cptrain.context_parallel.carrier import (
     new_sums,
     unpack,
 )
+from cptrain.context_parallel.launches import accumulate, copy_ranges
 from cptrain.context_parallel.layout import Layout
 from cptrain.context_parallel.mask import Mask
 from cptrain.context_parallel.schedule import needed, packed
@@ -141,10 +142,7 @@ class Exchange:
         shapes = self._shapes(ranges, k, v)
         message = k.new_empty(sum(shape.numel() for shape in shapes))
         for x, part in zip((k, v), unpack(message, *shapes), strict=True):
-            before = 0
-            for start, stop in ranges:
-                part[:, :, before : before + stop - start] = x[:, :, start:stop]
-                before += stop - start
+            copy_ranges(x, ranges, part)
         return message
 
     @staticmethod
@@ -157,9 +155,5 @@ class Exchange:
         total: tuple[torch.Tensor, torch.Tensor], message: torch.Tensor, ranges: tuple[tuple[int, int], ...]
     ) -> None:
         """Add gradients of packed ranges to the keys they belong to."""
-        parts = unpack(message, *Exchange._shapes(ranges, *total))
-        before = 0
-        for start, stop in ranges:
-            for whole, part in zip(total, parts, strict=True):
-                whole[:, :, start:stop] += part[:, :, before : before + stop - start]
-            before += stop - start
+        for whole, part in zip(total, unpack(message, *Exchange._shapes(ranges, *total)), strict=True):
+            accumulate(whole, ranges, part)

@@ -9,7 +9,7 @@ copied, and one of them keeps a device busy.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
@@ -19,6 +19,7 @@ import torch
 from cptrain.context_parallel.schedule import Block, Shape
 
 MOST_COPIES = 4  # keys over queries above which a rectangle goes by itself
+MOST_SLICES = 4  # ranges above which one operation on an index is cheaper than one on each
 
 Ranges = tuple[tuple[int, int], ...]
 
@@ -83,25 +84,55 @@ def take(x: torch.Tensor, ranges: Ranges) -> torch.Tensor:
     whole = one_range(ranges)
     if whole is not None:
         return x[:, :, whole]
-    return x.transpose(1, 2).index_select(1, _index(ranges, x.device)).transpose(1, 2)
+    stored, dim = _stored(x)
+    taken = stored.index_select(dim, _index(ranges, x.device))
+    return taken if dim == 2 else taken.transpose(1, 2)
+
+
+def copy_ranges(x: torch.Tensor, ranges: Ranges, into: torch.Tensor) -> None:
+    """Write these ranges of T of x [B, H, T, D] one behind the other into a tensor that is stored in the same order."""
+    if len(ranges) <= MOST_SLICES:
+        for (start, stop), here in _cuts(ranges):
+            into[:, :, here] = x[:, :, start:stop]
+        return
+    stored, dim = _stored(x)
+    torch.index_select(stored, dim, _index(ranges, x.device), out=into if dim == 2 else into.transpose(1, 2))
 
 
 def put(x: torch.Tensor, ranges: Ranges, values: torch.Tensor) -> None:
     """Write values into these ranges of T, which are apart."""
-    whole = one_range(ranges)
-    if whole is not None:
-        x[:, :, whole] = values
-    else:
-        x.transpose(1, 2).index_copy_(1, _index(ranges, x.device), values.transpose(1, 2).to(x.dtype))
+    if len(ranges) <= MOST_SLICES:
+        for (start, stop), here in _cuts(ranges):
+            x[:, :, start:stop] = values[:, :, here]
+        return
+    stored, dim = _stored(x)
+    stored.index_copy_(dim, _index(ranges, x.device), (values if dim == 2 else values.transpose(1, 2)).to(x.dtype))
 
 
 def accumulate(x: torch.Tensor, ranges: Ranges, values: torch.Tensor) -> None:
     """Add values to these ranges of T, which may overlap."""
-    whole = one_range(ranges)
-    if whole is not None:
-        x[:, :, whole] += values
-    else:
-        x.transpose(1, 2).index_add_(1, _index(ranges, x.device), values.transpose(1, 2).to(x.dtype))
+    if len(ranges) <= MOST_SLICES:
+        for (start, stop), here in _cuts(ranges):
+            x[:, :, start:stop] += values[:, :, here]
+        return
+    stored, dim = _stored(x)
+    stored.index_add_(dim, _index(ranges, x.device), (values if dim == 2 else values.transpose(1, 2)).to(x.dtype))
+
+
+def _stored(x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """x in the order in which it lies in memory, and where T then is: operations on an index are several times slower
+    along a dim that is not in its place."""
+    if x.ndim == 4 and x.stride(1) < x.stride(2):
+        return x.transpose(1, 2), 1
+    return x, 2
+
+
+def _cuts(ranges: Ranges) -> Iterator[tuple[tuple[int, int], slice]]:
+    """Each range, and where it is among all of them one behind the other."""
+    before = 0
+    for start, stop in ranges:
+        yield (start, stop), slice(before, before + stop - start)
+        before += stop - start
 
 
 @lru_cache(maxsize=1024)
