@@ -54,11 +54,6 @@ PRIVATE_USES = {
         "torch.distributed.algorithms._checkpoint.checkpoint_wrapper",
         # The type of what a selective policy is asked about.
         "torch._ops.OpOverload",
-        # Attention of models that are not context parallel, for the policy to keep, by name of the operator.
-        "aten::_scaled_dot_product_cudnn_attention",
-        "aten::_scaled_dot_product_efficient_attention",
-        "aten::_scaled_dot_product_flash_attention",
-        "aten::_scaled_dot_product_flash_attention_for_cpu",
     },
     "parallel/apply.py": {
         # A switch of the compiler without another way in.

@@ -33,9 +33,6 @@ class AllGather:
         self._gathering = Gathering(group, overlap=overlap)
         self._blocks = cached_whole_blocks(layout, mask, group_rank(group))
 
-    def kept_numel(self, k: torch.Tensor, v: torch.Tensor) -> int:
-        return 0
-
     def forward(self, k: torch.Tensor, v: torch.Tensor, compute: Callable[[Piece], None]) -> torch.Tensor:
         self._visit(k, v, lambda piece: compute(piece))
         return k.new_empty(0)

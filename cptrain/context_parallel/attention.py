@@ -83,10 +83,16 @@ class Route:
 
     def kept_numel(self, k: torch.Tensor, v: torch.Tensor, *, packed: bool, window: int) -> int:
         """How many elements forward keeps for backward. Known without the packing, which a traced graph cannot read."""
-        if packed:
-            return k.numel() + v.numel() if self.method == "ring" and self.num_ranks > 1 else 0
-        layout, mask = self.layout_and_mask(k.size(2), None, causal=True, window=window)
-        return self.carrier(layout, mask).kept_numel(k, v)
+        if self.method != "ring" or self.num_ranks == 1:
+            return 0
+        # A window decides by the length, which a graph of any length then has to know.
+        if (
+            window
+            and not packed
+            and sends_needed_only(*self.layout_and_mask(int(k.size(2)), None, causal=True, window=window))
+        ):
+            return 0
+        return k.numel() + v.numel()
 
 
 _layout = lru_cache(maxsize=64)(make_layout)

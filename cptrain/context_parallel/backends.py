@@ -120,7 +120,9 @@ def efficient_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     keys, values = expand_heads(k, q.size(1)), expand_heads(v, q.size(1))
-    dout, q, keys, values, out = _unit_stride(dout, q, keys, values, out)
+    dout, q, keys, values = _unit_stride(dout, q, keys, values)
+    # In half precision this backend takes the rows of out to lie H * D apart, whatever their stride says.
+    out = out.transpose(1, 2).contiguous().transpose(1, 2)
     unused = torch.empty((), dtype=torch.int64, device=q.device)
     # This backend reads lse in whole tiles of 32 rows; +inf gives the rows behind the last one no probability.
     padded = torch.nn.functional.pad(lse, (0, -lse.size(2) % 32), value=math.inf)

@@ -56,9 +56,6 @@ class Carrier(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """dk and dv of this rank's own k and v, summed over all ranks in fp32 (fp64), from every piece's gradients."""
 
-    def kept_numel(self, k: torch.Tensor, v: torch.Tensor) -> int:
-        """How many elements, in the dtype of k, `forward` returns for backward."""
-
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """What sums over pieces are kept in: fp32, or fp64 for fp64."""
@@ -141,6 +138,3 @@ class Alone:
         total = new_sums(k, wide), new_sums(v, wide)
         add(total, gradients)
         return total
-
-    def kept_numel(self, k: torch.Tensor, v: torch.Tensor) -> int:
-        return 0

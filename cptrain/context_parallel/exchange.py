@@ -67,9 +67,6 @@ class Exchange:
         self._grad_messenger = Messenger(grad_group, overlap=overlap)
         self._hops = hops_of(layout, mask, self._rank)
 
-    def kept_numel(self, k: torch.Tensor, v: torch.Tensor) -> int:
-        return 0
-
     def forward(self, k: torch.Tensor, v: torch.Tensor, compute: Callable[[Piece], None]) -> torch.Tensor:
         self._visit(k, v, lambda piece, hop: compute(piece))
         return k.new_empty(0)

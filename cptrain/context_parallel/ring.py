@@ -104,9 +104,6 @@ class Ring:
         keys, values = (k, v) if source == self._rank else unpack(held, k.shape, v.shape)
         return Piece(keys, values, found)
 
-    def kept_numel(self, k: torch.Tensor, v: torch.Tensor) -> int:
-        return k.numel() + v.numel()
-
     def forward(self, k: torch.Tensor, v: torch.Tensor, compute: Callable[[Piece], None]) -> torch.Tensor:
         start = pack(k, v)
         buffers = _Buffers(start)

@@ -12,19 +12,12 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from cptrain.models.llama import Llama
 
 KEPT_NAMESPACE = "cptrain::"
-KEPT_ATEN = (
-    "_scaled_dot_product_flash_attention_for_cpu",
-    "_scaled_dot_product_flash_attention",
-    "_scaled_dot_product_efficient_attention",
-    "_scaled_dot_product_cudnn_attention",
-)
 
 
 def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """Keep attention and its messages: they cost the most to repeat, and a repeated message stalls all ranks."""
     name = op.name() if isinstance(op, torch._ops.OpOverload) else ""
-    kept = name.startswith(KEPT_NAMESPACE) or name.removeprefix("aten::").split(".")[0] in KEPT_ATEN
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if name.startswith(KEPT_NAMESPACE) else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def apply_activation_checkpoint(model: Llama, mode: Literal["none", "selective", "full"]) -> None:

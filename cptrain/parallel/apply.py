@@ -92,24 +92,19 @@ def parallelise(
 
 
 def apply_context_parallel(model: Llama, plan: ContextParallel) -> list[str]:
-    """Names of the attention modules that `plan` now serves: on one rank those with a window, or all with documents.
+    """Names of the attention modules that `plan` now serves, on any number of ranks.
 
-    Called again with another plan it switches the model over, blocks already wrapped for checkpointing included.
+    On one rank nothing is sent, but windows and documents, the choice of a kernel and the memory order it is fastest in
+    are the plan's. Called again with another plan it switches the model over, blocks already wrapped for checkpointing
+    included.
     """
     by_window: dict[int, list[str]] = {}
     for layer, window in enumerate(model.shape.windows()):
         by_window.setdefault(window, []).append(f"layers.{layer}.*attention")
     names: list[str] = []
-    switches_over = _is_context_parallel(model)
     for window, patterns in by_window.items():
-        # F.scaled_dot_product_attention knows neither windows nor documents: these need a plan on any number of ranks.
-        if plan.degree > 1 or window or plan.layout == "balanced" or switches_over:
-            names += plan.apply(model, modules=patterns, window_size=window or None)
+        names += plan.apply(model, modules=patterns, window_size=window or None)
     return names
-
-
-def _is_context_parallel(model: Llama) -> bool:
-    return any(hasattr(module.forward, "context_parallel_switch") for module in model.modules())
 
 
 def compile_blocks(model: Llama, *, backend: str) -> None:

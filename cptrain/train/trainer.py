@@ -314,15 +314,14 @@ class Trainer:
             self.stage.settings, self.stage.meshes.degrees, self.shape, context_modules=self.parallel.context_modules
         ).splitlines():
             logger.info(line)
-        if self.parallel.context_modules:
-            kernel = choose_kernel(
-                self.device.type,
-                self.precision.param,
-                key_dim=self.shape.head_dim,
-                packed=self.settings.data.document_mask,
-                name=self.settings.parallelism.attention_kernel,
-            )
-            logger.info(f"attention kernel  {kernel.name}, {self.precision.param}")
+        kernel = choose_kernel(
+            self.device.type,
+            self.precision.param,
+            key_dim=self.shape.head_dim,
+            packed=self.settings.data.document_mask,
+            name=self.settings.parallelism.attention_kernel,
+        )
+        logger.info(f"attention kernel  {kernel.name}, {self.precision.param}")
 
 
 @contextmanager
