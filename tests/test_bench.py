@@ -156,7 +156,7 @@ def test_bench_simulated_link_copies_and_keeps_to_its_bandwidth(tools: ModuleTyp
 
 def test_bench_step_prints_a_table(tmp_path: Path) -> None:
     size = ["--layers", "1", "--dim", "16", "--heads", "2", "--vocab", "512", "--tokens", "32"]
-    cases = "one,two_runs,torch_ring"
+    cases = "one,two_runs,in_step,torch_ring"
     text = run_tool(
         "bench_step.py", "--cases", cases, *size, "--rounds", "1", "--steps", "1", "--warmup", "0", folder=tmp_path
     )
@@ -167,6 +167,7 @@ def test_bench_step_prints_a_table(tmp_path: Path) -> None:
     # Two runs at once do twice the work of one; what two ranks reach of that is their share.
     assert float(rows["two_runs"][2][:-1]) == pytest.approx(2 * seconds["one"] / seconds["two_runs"], rel=0.1)
     assert rows["two_runs"][3] == "100.0%"
+    assert float(rows["in_step"][3][:-1]) == pytest.approx(100 * seconds["two_runs"] / seconds["in_step"], rel=0.1)
     assert float(rows["torch_ring"][3][:-1]) == pytest.approx(50 * seconds["two_runs"] / seconds["torch_ring"], rel=0.1)
 
 

@@ -4,8 +4,10 @@ Every case runs in processes of its own with --threads threads per rank; cases t
 machine whose speed drifts treats them alike. Ratios are medians over rounds of the same round's times. Attention is
 causal over the whole sequence.
 
-What two ranks can gain is what the machine gives to two processes at once: "two runs" is twice the one-rank run, side
-by side, without a message between them. "torch ring" is the ring of 2 with torch's own ring attention in place of ours.
+What two ranks can gain is what the machine gives to two processes at once: "two_runs" is twice the one-rank run, side
+by side, without a message between them. "in_step" is the same, but the two wait for each other before each block,
+forward and backward: what cores whose speed drifts apart give to ranks that need each other. "torch_ring" is the ring
+of 2 with torch's own ring attention in place of ours.
 
     python tools/bench_step.py                       # the table of the README
     python tools/bench_step.py --cases one,cp4 --layers 2 --tokens 4096
@@ -22,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +36,7 @@ CASES = {
     "bare": (1, {}),
     "one": (1, {}),
     "two_runs": (1, {}),
+    "in_step": (1, {}),
     "cp2": (2, {"ring_degree": 2}),
     "torch_ring": (2, {"ring_degree": 2}),
     "ulysses2": (2, {"ulysses_degree": 2}),
@@ -40,6 +44,7 @@ CASES = {
     "fsdp2": (2, {"data_parallel_shard_degree": 2}),
     "cp4": (4, {"ring_degree": 4}),
 }
+TWICE = ("two_runs", "in_step")  # two processes, each of which does all the work
 
 
 def main() -> None:
@@ -61,12 +66,12 @@ def main() -> None:
     )
     print("| case | processes | s/step (median) | speed-up over one rank | of two runs |\n|---|---|---|---|---|")
     for name in names:
-        processes = 2 if name == "two_runs" else CASES[name][0]
+        processes = 2 if name in TWICE else CASES[name][0]
         speed_up = share = "-"
         if "one" in times:
-            speed_up = f"{ratio(times['one'], times[name]) * (2 if name == 'two_runs' else 1):.3f}x"
+            speed_up = f"{ratio(times['one'], times[name]) * (2 if name in TWICE else 1):.3f}x"
         if "two_runs" in times and processes == 2:
-            share = f"{ratio(times['two_runs'], times[name]) / (1 if name == 'two_runs' else 2):.1%}"
+            share = f"{ratio(times['two_runs'], times[name]) / (1 if name in TWICE else 2):.1%}"
         print(f"| {name} | {processes} | {statistics.median(times[name]):.3f} | {speed_up} | {share} |")
 
 
@@ -77,7 +82,9 @@ def ratio(above: list[float], below: list[float]) -> float:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", default="bare,one,two_runs,cp2,torch_ring,tp2", help=f"of {', '.join(CASES)}")
+    parser.add_argument(
+        "--cases", default="bare,one,two_runs,in_step,cp2,torch_ring,tp2", help=f"of {', '.join(CASES)}"
+    )
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--heads", type=int, default=16)
@@ -97,9 +104,9 @@ def parse() -> argparse.Namespace:
 
 
 def measure(arguments: argparse.Namespace, name: str) -> float:
-    """Seconds per step of one case, in fresh processes; of two runs, which share the machine, the mean of both."""
+    """Seconds per step of one case, in fresh processes; of TWICE, which share the machine, the mean of both."""
     with tempfile.TemporaryDirectory() as folder:
-        results = [Path(folder) / str(number) for number in range(2 if name == "two_runs" else 1)]
+        results = [Path(folder) / str(number) for number in range(2 if name in TWICE else 1)]
         running = [launch(arguments, name, result) for result in results]
         failed = [process for process in running if process.wait()]
         if failed:
@@ -169,6 +176,8 @@ def time_trainer(arguments: argparse.Namespace, folder: Path) -> float:
     with Trainer(settings_of(arguments, folder), torch.device("cpu")) as trainer:
         if arguments.child == "torch_ring":
             use_torch_ring(trainer.model, trainer.stage.context)
+        elif arguments.child == "in_step":
+            meet_at_blocks(trainer.model, Path(arguments.result))
         for index in range(arguments.warmup + arguments.steps):
             dist.barrier()
             start = time.perf_counter()
@@ -176,6 +185,21 @@ def time_trainer(arguments: argparse.Namespace, folder: Path) -> float:
             if index >= arguments.warmup:
                 seconds.append(time.perf_counter() - start)
     return min(seconds)
+
+
+def meet_at_blocks(model: Llama, result: Path) -> None:
+    """Have this process, whose result is called "0" or "1", and its peer wait for each other before every block."""
+    import torch.distributed as dist
+
+    store = dist.FileStore(str(result.with_name("meeting")), 2)
+    peers = dist.ProcessGroupGloo(store, int(result.name), 2, timedelta(minutes=10))
+
+    def meet(*_: object) -> None:
+        peers.barrier().wait()
+
+    for layer in model.layers:
+        layer.register_forward_pre_hook(meet)
+        layer.register_full_backward_pre_hook(meet)
 
 
 def use_torch_ring(model: Llama, plan: ContextParallel) -> None:
