@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from tolerance import assert_matches
+from torch.nn.attention import _registry
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cptrain.context_parallel import reference
@@ -235,7 +236,39 @@ def test_kernel_choice_takes_the_fastest_that_fits(monkeypatch):
 
 def test_kernel_choice_takes_the_one_that_is_named():
     for kernel in KERNELS:
-        assert choose_kernel(min(kernel.devices), torch.bfloat16, name=kernel.name) is kernel
+        if not kernel.implementation:
+            assert choose_kernel(min(kernel.devices), torch.bfloat16, name=kernel.name) is kernel
+
+
+class Handle:
+    """What torch keeps of an implementation that is active."""
+
+    def remove(self) -> None:
+        pass
+
+
+def test_kernel_choice_activates_the_implementation_that_it_names_once(monkeypatch):
+    activated: list[str] = []
+    for name in ("FA3", "FA4"):
+        monkeypatch.setitem(
+            _registry._FLASH_ATTENTION_IMPLS, name, lambda name=name: (activated.append(name), Handle())[1]
+        )
+    try:
+        on_generation(monkeypatch, 9)
+        for name in ("fa3", "fa3", "fa4"):
+            assert choose_kernel("cuda", torch.bfloat16, packed=True, name=name).name == name
+        assert activated == ["FA3", "FA4"]
+        assert choose_kernel("cuda", torch.bfloat16).name == "cudnn", "by name only"
+    finally:
+        _registry.restore_flash_attention_impl(_raise_warn=False)
+        monkeypatch.setattr(_registry, "_FLASH_ATTENTION_ACTIVE", None)
+
+
+def test_kernel_choice_refuses_an_implementation_whose_package_is_missing():
+    with pytest.raises(
+        NotImplementedError, match=r'"fa3" needs a package .*flash_attn_interface.*; install it, or take'
+    ):
+        choose_kernel("cuda", torch.bfloat16, name="fa3")
 
 
 @pytest.mark.parametrize(

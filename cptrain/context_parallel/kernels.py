@@ -10,11 +10,12 @@ any error.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn.attention import activate_flash_attention_impl, current_flash_attention_impl
 
 from cptrain.context_parallel import backends, reference
 from cptrain.context_parallel.launches import Launch, Segments, segments
@@ -50,6 +51,7 @@ class Kernel:
     dim_multiple: int = 1  # that the widths of keys and values are
     any_shapes: bool = True  # a new shape of a block costs nothing; otherwise packed documents are not for it
     generations: frozenset[int] | None = None  # of CUDA devices (compute capability 9.x is 9) on which "auto" means it
+    implementation: str = ""  # that torch.nn.attention.activate_flash_attention_impl puts behind the operators
 
     def fits(self, key_dim: int, value_dim: int) -> bool:
         """Whether it takes keys and values of these widths."""
@@ -74,7 +76,7 @@ CUDNN = Kernel(
     any_shapes=False,
     generations=frozenset({9, 10}),
 )
-# Also FlashAttention 3 or 4, once torch.nn.attention.activate_flash_attention_impl has put it behind the same operator.
+# Whatever is behind torch's operators of flash attention: its own FlashAttention 2, unless something was activated.
 CUDA_FLASH = Kernel(
     "cuda flash",
     frozenset({"cuda"}),
@@ -86,6 +88,9 @@ CUDA_FLASH = Kernel(
     most_dim=256,
     dim_multiple=8,
 )
+# Packages that torch puts behind the same operators, documents included; by name only, since that is for the process.
+FLASH_3 = replace(CUDA_FLASH, name="fa3", generations=frozenset(), implementation="FA3")
+FLASH_4 = replace(CUDA_FLASH, name="fa4", generations=frozenset(), implementation="FA4")
 EFFICIENT = Kernel(
     "efficient",
     frozenset({"cuda"}),
@@ -105,7 +110,7 @@ REFERENCE = Kernel(
     backward_packed=reference.reference_backward_packed,
     differing_dims=True,
 )
-KERNELS = (CPU_FLASH, CUDNN, CUDA_FLASH, EFFICIENT, REFERENCE)  # "auto" is the first that fits
+KERNELS = (CPU_FLASH, CUDNN, CUDA_FLASH, FLASH_3, FLASH_4, EFFICIENT, REFERENCE)  # "auto" is the first that fits
 
 
 def choose_kernel(
@@ -119,11 +124,19 @@ def choose_kernel(
 ) -> Kernel:
     """The kernel of this name, or by "auto" the fastest, for a device, a dtype, and the widths of keys and values.
 
-    packed: of packed documents, whose blocks have ever new shapes. Raises NotImplementedError that names what would
-    work.
+    packed: of packed documents, whose blocks have ever new shapes. An implementation of flash attention that the kernel
+    needs is activated, for this process. Raises NotImplementedError that names what would work.
     """
     generation = torch.cuda.get_device_capability()[0] if device_type == "cuda" and torch.cuda.is_available() else 0
-    return _choose(device_type, generation, dtype, key_dim, key_dim if value_dim is None else value_dim, packed, name)
+    kernel = _choose(device_type, generation, dtype, key_dim, key_dim if value_dim is None else value_dim, packed, name)
+    if kernel.implementation and kernel.implementation != current_flash_attention_impl():
+        try:
+            activate_flash_attention_impl(kernel.implementation)
+        except (ImportError, RuntimeError) as error:
+            raise NotImplementedError(
+                f'the attention kernel "{name}" needs a package that is not there: {error}; install it, or take "auto"'
+            ) from error
+    return kernel
 
 
 @lru_cache(maxsize=256)
@@ -146,7 +159,8 @@ def _choose(
     what = f"{dtype} on {device_type} with keys of {widths}{', packed documents' if packed else ''}"
     wanted = "no attention kernel" if name == "auto" else f'the attention kernel "{name}" is not there'
     offered = (
-        ", ".join(kernel.name for kernel in fitting) or "none; cast to bfloat16 or float32, or move to cpu or cuda"
+        ", ".join(kernel.name for kernel in fitting if not kernel.implementation)
+        or "none; cast to bfloat16 or float32, or move to cpu or cuda"
     )
     raise NotImplementedError(f"{wanted} for {what}; what works there: {offered}")
 

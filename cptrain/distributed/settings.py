@@ -45,8 +45,12 @@ class ParallelismConfig:
     context_parallel_order: Order = setting(
         "head_first", "which ranks are neighbours: head_first puts ulysses inside the ring, context_first the ring"
     )
-    attention_kernel: Literal["auto", "cpu flash", "cuda flash", "cudnn", "efficient", "reference"] = setting(
-        "auto", "what computes one block of context-parallel attention; auto = the fastest for device and dtype"
+    attention_kernel: Literal["auto", "cpu flash", "cuda flash", "cudnn", "fa3", "fa4", "efficient", "reference"] = (
+        setting(
+            "auto",
+            "what computes one block of attention; auto = the fastest for device and dtype; fa3 and fa4 are "
+            "FlashAttention's own packages",
+        )
     )
     context_parallel_overlap: bool = setting(True, "compute while keys travel; false measures what that is worth")
     tensor_parallel_degree: int = setting(1, "ranks that share each weight matrix (Megatron TP + sequence parallel)")
