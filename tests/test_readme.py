@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from small import small_model
 
+from cptrain.context_parallel.kernels import KERNELS
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [
@@ -36,11 +38,15 @@ SMALLER = {
     "torchrun --nproc-per-node 2 -m cptrain.check": "",
     "tensorboard --logdir outputs": "--inspect",
     "python -m cptrain.train": "",
+    "python -m cptrain.train --config debug --parallelism.ring_degree 1": "--dry-run",
     "python tools/bench_step.py": "--cases bare,cp2 --tokens 128 --layers 1 --dim 32 --heads 4 --rounds 1 --steps 1",
     "python tools/bench_attention.py": "--seq-lens 256 --rounds 1 --out {outputs}",
     "python tools/bench_attention.py --memory": "--tokens-per-rank 64 --ranks 4",
     "python tools/bench_documents.py": "--time --seq-lens 256 --ranks 2 --rounds 1 --packs 2 --out {outputs}",
     "python tools/bench_documents.py --time --simulate": "--seq-lens 256 --ranks 4 --rounds 1 --out {outputs}",
+    "python tools/bench_documents.py --time --simulate --device cuda": (
+        "--device cpu --seq-lens 256 --ranks 4 --heads 2 --dim 16 --dtype fp32 --rounds 1 --out {outputs}"
+    ),
     "python tools/plant_faults.py": "--list",
 }
 
@@ -116,3 +122,8 @@ def test_readme_command_runs(command, outputs):
 def test_readme_names_the_presets_there_are():
     listed = set(re.findall(r"^\| `(\w+)` \|", README, flags=re.MULTILINE))
     assert {path.stem for path in (ROOT / "configs").glob("*.toml")} <= listed
+
+
+def test_readme_names_the_kernels_there_are():
+    for kernel in KERNELS:
+        assert re.search(rf"^\|.*`{kernel.name}`.*\|", README, flags=re.MULTILINE), kernel.name
