@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 BACKEND = "staged"
 MOST_CYCLES = 1_000_000  # of one delay, half a millisecond
+MOST_SECONDS = 60  # of one message
 
 
 class _Message(dist.Work):
@@ -30,8 +31,13 @@ class _Message(dist.Work):
         self.event: torch.cuda.Event | None = None
         self.error: Exception | None = None
 
+    def end(self, error: Exception | None = None) -> None:
+        self.error = error
+        self.done.set()
+
     def wait(self, timeout: timedelta | None = None) -> bool:
-        self.done.wait()
+        if not self.done.wait(MOST_SECONDS):
+            raise TimeoutError(f"no message in {MOST_SECONDS} s")
         if self.error is not None:
             raise self.error
         if self.event is not None:
@@ -68,8 +74,8 @@ class StagedGroup(dist.ProcessGroup):
         self._gloo = gloo
         self._random = random.Random(rank)
         self._stream = torch.cuda.Stream() if torch.cuda.is_available() else None
-        self._orders: queue.SimpleQueue[_Order] = queue.SimpleQueue()
-        self._started: queue.SimpleQueue[tuple[_Order, dist.Work, list[torch.Tensor]]] = queue.SimpleQueue()
+        self._orders: queue.SimpleQueue[_Order | None] = queue.SimpleQueue()
+        self._started: queue.SimpleQueue[tuple[_Order, dist.Work, list[torch.Tensor]] | None] = queue.SimpleQueue()
         for loop in (self._start_orders, self._end_orders):
             threading.Thread(target=loop, daemon=True).start()
 
@@ -85,28 +91,38 @@ class StagedGroup(dist.ProcessGroup):
 
     def _start_orders(self) -> None:
         """In the order of the calls: bring what is given to the host and start gloo on it."""
-        while True:
-            order = self._orders.get()
-            if order.begin is not None:
-                self._stream.wait_event(order.begin)
-            given, results = self._copies(order.given), [torch.empty_like(x, device="cpu") for x in order.results]
-            self._started.put((order, order.start(given, results), results))
+        while (order := self._orders.get()) is not None:
+            try:
+                if order.begin is not None:
+                    self._stream.wait_event(order.begin)
+                given, results = self._copies(order.given), [torch.empty_like(x, device="cpu") for x in order.results]
+                self._started.put((order, order.start(given, results), results))
+            except Exception as error:
+                order.message.end(error)
+        self._started.put(None)
 
     def _end_orders(self) -> None:
-        while True:
-            order, work, results = self._started.get()
+        while (started := self._started.get()) is not None:
+            order, work, results = started
             try:
                 work.wait()
+                self._bring_back(order, results)
+                order.message.end()
             except Exception as error:
-                order.message.error = error
-            with torch.cuda.stream(self._stream):
-                self._delay(results)
-                for there, here in zip(order.results, results, strict=True):
-                    there.copy_(here)
-                if order.begin is not None:
-                    order.message.event = torch.cuda.Event()
-                    order.message.event.record()
-            order.message.done.set()
+                order.message.end(error)
+
+    def _bring_back(self, order: _Order, results: list[torch.Tensor]) -> None:
+        with torch.cuda.stream(self._stream):
+            self._delay(results)
+            for there, here in zip(order.results, results, strict=True):
+                there.copy_(here)
+            if order.begin is not None:
+                order.message.event = torch.cuda.Event()
+                order.message.event.record()
+
+    def shutdown(self) -> None:
+        """End both threads; torch calls this when the group is destroyed."""
+        self._orders.put(None)
 
     def _copies(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         with torch.cuda.stream(self._stream):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from cptrain.context_parallel.kernels import (
     forward_block,
     forward_launch,
 )
-from cptrain.context_parallel.launches import Launch, Segments, accumulate, plan_launches, put, take
+from cptrain.context_parallel.launches import Launch, Segments, accumulate, copy_ranges, plan_launches, put, take
 from cptrain.context_parallel.merging import merge
 from cptrain.context_parallel.schedule import Block, Shape
 
@@ -216,6 +217,7 @@ def test_kernel_never_writes_into_an_input_or_returns_a_part_of_it(kernel, dtype
 def on_generation(monkeypatch, generation: int) -> None:
     """As if this machine had a CUDA device of that compute capability."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (generation, 0))
 
 
@@ -232,6 +234,18 @@ def test_kernel_choice_takes_the_fastest_that_fits(monkeypatch):
         assert choose_kernel("cuda", torch.bfloat16, key_dim=192, value_dim=128).name == "efficient"
         assert choose_kernel("cuda", torch.float32).name == "efficient"
         assert choose_kernel("cuda", torch.float64) is REFERENCE
+
+
+def test_kernel_choice_leaves_cudnn_out_where_results_must_not_vary_or_it_is_switched_off(monkeypatch):
+    on_generation(monkeypatch, 9)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert choose_kernel("cuda", torch.bfloat16).name == "cuda flash"
+    with pytest.raises(NotImplementedError, match=r"keys of 64, deterministic; what works there: cuda flash, eff"):
+        choose_kernel("cuda", torch.bfloat16, name="cudnn")
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
+    assert choose_kernel("cuda", torch.bfloat16).name == "cudnn"
+    monkeypatch.setattr(torch.backends.cuda, "cudnn_sdp_enabled", lambda: False)
+    assert choose_kernel("cuda", torch.bfloat16).name == "cuda flash"
 
 
 def test_kernel_choice_takes_the_one_that_is_named():
@@ -261,10 +275,10 @@ def test_kernel_choice_activates_the_implementation_that_it_names_once(monkeypat
         assert choose_kernel("cuda", torch.bfloat16).name == "cudnn", "by name only"
     finally:
         _registry.restore_flash_attention_impl(_raise_warn=False)
-        monkeypatch.setattr(_registry, "_FLASH_ATTENTION_ACTIVE", None)
 
 
-def test_kernel_choice_refuses_an_implementation_whose_package_is_missing():
+def test_kernel_choice_refuses_an_implementation_whose_package_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
     with pytest.raises(
         NotImplementedError, match=r'"fa3" needs a package .*flash_attn_interface.*; install it, or take'
     ):
@@ -413,11 +427,45 @@ def test_launches_of_several_blocks_equal_each_block_by_itself(shape):
         begin += stop - start
 
 
-def test_launches_write_and_add_where_they_took():
-    x = torch.zeros(1, 1, 10, 1, dtype=torch.float64)
-    ranges = ((1, 3), (6, 8))
-    put(x, ranges, torch.ones(1, 1, 4, 1, dtype=torch.float64))
-    accumulate(x, (*ranges, (2, 4)), torch.ones(1, 1, 6, 1, dtype=torch.float64))
-    assert x.flatten().tolist() == [0, 2, 3, 1, 0, 0, 2, 2, 0, 0]
-    assert take(x, ranges).flatten().tolist() == [2, 3, 2, 2]
+RANGES = {
+    "one": ((5, 11),),
+    "neighbours": ((2, 4), (4, 9), (9, 10)),
+    "few": ((1, 3), (6, 8), (17, 21)),
+    "many": ((0, 2), (3, 4), (6, 8), (8, 9), (11, 12), (15, 19), (22, 23)),
+}
+
+
+@pytest.mark.parametrize("by_token", [False, True])
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("name", RANGES)
+def test_launches_write_and_add_where_they_took(name, heads, by_token):
+    """Whether ranges are copied one by one or by an index, in either memory order."""
+
+    def stored(x: torch.Tensor) -> torch.Tensor:
+        return x.transpose(1, 2).contiguous().transpose(1, 2) if by_token else x
+
+    generator, ranges = torch.Generator().manual_seed(0), RANGES[name]
+    x = stored(torch.randn(2, heads, 24, 4, generator=generator, dtype=torch.float64))
+    index = torch.cat([torch.arange(*each) for each in ranges])
+    assert torch.equal(take(x, ranges), x[:, :, index])
+    into = stored(torch.zeros(2, heads, len(index), 4, dtype=torch.float64))
+    copy_ranges(x, ranges, into)
+    assert torch.equal(into, x[:, :, index])
+
+    values = stored(torch.randn(2, heads, len(index), 4, generator=generator, dtype=torch.float64))
+    written = x.clone()
+    put(written, ranges, values)
+    expected = x.clone()
+    expected[:, :, index] = values
+    assert torch.equal(written, expected)
+
+    again = ((ranges[0][0], ranges[0][0] + 1), *ranges)  # the first token twice
+    accumulate(written, again, torch.cat([values[:, :, :1], values], 2))
+    expected[:, :, index] += values
+    expected[:, :, index[:1]] += values[:, :, :1]
+    assert_matches(written, expected)
+
+
+def test_launches_take_neighbouring_ranges_as_a_view():
+    x = torch.zeros(1, 1, 10, 1)
     assert take(x, ((1, 3), (3, 4))).data_ptr() == x[:, :, 1:].data_ptr()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
+from cptrain.context_parallel import exchange
+from cptrain.context_parallel.launches import put, take
 from cptrain.context_parallel.layout import Layout, Span, contiguous, zigzag
 from cptrain.context_parallel.mask import CAUSAL, FULL, Documents, Mask
-from cptrain.context_parallel.schedule import Block, Shape, needed, packed, shard_blocks, whole_blocks
+from cptrain.context_parallel.schedule import Block, Shape, shard_blocks, whole_blocks
 
 RANKS = range(1, 17)
 WINDOWS = (1, 2, 3, 4, 5, 9, 16, 1000)
@@ -79,18 +82,55 @@ def test_schedule_refuses_a_mask_that_means_nothing(causal, window):
         Mask(causal=causal, window=window)
 
 
-@pytest.mark.parametrize("name", ["zigzag", "random"])
-def test_schedule_packs_the_keys_that_are_needed_and_no_more(name):
-    mask = Mask(causal=True, window=4)
-    for layout in LAYOUTS[name]:
+EXCHANGED = {
+    "window": Mask(causal=True, window=4),
+    "wide window": Mask(causal=True, window=25),
+    "documents": Mask(causal=True, documents=Documents((0, 3, 4, 17, 31), padding=(1,))),
+    "documents and window": Mask(causal=True, window=6, documents=Documents((0, 29, 30))),
+}
+
+
+def whole_stream(mask: Mask, length: int) -> Mask:
+    """The mask with its last document as long as the sequence is."""
+    if mask.documents is None:
+        return mask
+    offsets = [offset for offset in mask.documents.offsets if offset < length]
+    padding = tuple(number for number in mask.documents.padding if number < len(offsets))
+    return replace(mask, documents=Documents((*offsets, length), padding=padding))
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 100])
+@pytest.mark.parametrize("mask", EXCHANGED.values(), ids=EXCHANGED)
+@pytest.mark.parametrize("name", ["zigzag", "contiguous", "random"])
+def test_schedule_of_exchanged_keys_computes_each_visible_pair_once(name, mask, at_once):
+    """Whatever number of hops is computed together; what one rank sends is what the other expects."""
+    for layout in (layout for layout in LAYOUTS[name] if layout.num_ranks in (1, 2, 3, 4, 8)):
+        here, shards = whole_stream(mask, layout.length), layout.permutation().view(layout.num_ranks, -1)
+        tokens = range(layout.length)
+        expected = torch.tensor([[here.visible(q, k) for k in tokens] for q in tokens]).to(torch.int64)
+        groups = [exchange.groups_of(layout, here, rank, at_once) for rank in range(layout.num_ranks)]
+        found = torch.zeros_like(expected)
         for rank in range(layout.num_ranks):
-            for source in range(layout.num_ranks):
-                blocks = shard_blocks(layout, mask, rank, source)
-                kept = [key for start, stop in needed(blocks) for key in range(start, stop)]
-                assert kept == sorted({key for block in blocks for key in range(block.k_start, block.k_stop)})
-                for block, moved in zip(blocks, packed(blocks), strict=True):
-                    assert kept[moved.k_start : moved.k_stop] == list(range(block.k_start, block.k_stop))
-                    assert moved[:2] == block[:2] and moved.shape is block.shape
+            count(found, shard_blocks(layout, here, rank, rank), shards[rank], shards[rank])
+            assert len(groups[rank]) <= -(-(layout.num_ranks - 1) // at_once)
+            for group in groups[rank]:
+                keys = torch.full((group.num_keys,), -1)
+                for hop in group.hops:
+                    sent = [h.outgoing for g in groups[hop.source] for h in g.hops if h.reader == rank]
+                    assert hop.incoming == (sent[0] if sent else ())
+                    for start, stop in hop.place:
+                        assert (keys[start:stop] == -1).all()
+                    if hop.incoming:
+                        put(keys[None, None], hop.place, take(shards[hop.source][None, None], hop.incoming))
+                assert keys.tolist() == sorted(set(keys.tolist()) - {-1})
+                count(found, group.blocks, shards[rank], keys)
+        assert torch.equal(found, expected), (layout, here)
+
+
+def test_schedule_takes_small_hops_together_where_copies_are_cheap():
+    assert exchange.hops_at_once(zigzag(8, 8 * 2048), "cuda") == 8
+    assert exchange.hops_at_once(zigzag(8, 8 * 65_536), "cuda") == 1
+    assert exchange.hops_at_once(zigzag(8, 8 * 2048), "cpu") == 1
 
 
 def work(layout: Layout, rank: int, mask: Mask = CAUSAL) -> int:

@@ -97,8 +97,10 @@ def test_startup_check_logs_one_line(pool, tmp_path, text, world, sections, titl
     assert others == [[]] * (world - 1), "only rank 0 speaks"
 
 
-def test_startup_check_has_nothing_to_say_without_context_parallelism(pool, tmp_path, text):
-    assert [lines for lines, _ in pool.run(2, train_and_listen, two_steps(tmp_path, text))] == [[], []]
+def test_startup_check_also_looks_at_whole_sequences_on_each_rank(pool, tmp_path, text):
+    (line,), others = (lines for lines, _ in pool.run(2, train_and_listen, two_steps(tmp_path, text)))
+    assert "whole sequences on each rank: attention exact to" in line
+    assert others == []
 
 
 def test_startup_check_visits_each_new_plan_of_the_stages_once(pool, tmp_path, text):
@@ -111,7 +113,7 @@ def test_startup_check_visits_each_new_plan_of_the_stages_once(pool, tmp_path, t
     stages = tuple(TrainingStage(steps=1, **each) for each in degrees)
     settings = two_steps(tmp_path, text, training={"steps": 4, "stages": stages})
     lines, _ = pool.run(2, train_and_listen, settings)[0]
-    assert [line.split(": ")[1] for line in lines] == ["ring 2, zigzag", "ulysses 2"]
+    assert [line.split(": ")[1] for line in lines] == ["ring 2, zigzag", "ulysses 2", "whole sequences on each rank"]
 
 
 def errors_of(rank: int, world: int, settings: TrainSettings, fault: str) -> str:

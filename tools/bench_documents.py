@@ -34,12 +34,22 @@ from pathlib import Path
 
 import torch
 from attention_cases import DTYPES
-from documents_cases import LAYOUTS, SETS, Cut, balanced_packing, cut_of, documents_of, make_cut, median_pack
+from documents_cases import (
+    LAYOUTS,
+    SETS,
+    Cut,
+    balanced_packing,
+    cut_of,
+    documents_of,
+    make_cut,
+    median_pack,
+    rank_blocks,
+)
 from documents_clock import CAUSAL_RING, SINGLE, Case, case_times
 from documents_report import PLAN_HEADER, TIME_HEADER, Planned, Timed, combine, write_csv
 
 from cptrain.context_parallel.carrier import cached_shard_blocks
-from cptrain.context_parallel.exchange import hops_of
+from cptrain.context_parallel.exchange import groups_of
 from cptrain.context_parallel.packing import Packing
 
 KERNEL_PACKS = 4  # of which --plan counts the kernels
@@ -176,13 +186,9 @@ def planned_cut(lengths: list[int], ranks: int) -> tuple[Cut, float, float]:
 
 def schedule(packing: Packing) -> None:
     """What a rank works out at its first attention over a batch: the one with the last place, as good as any."""
-    for cached in (cached_shard_blocks, hops_of):
+    for cached in (cached_shard_blocks, groups_of):
         cached.cache_clear()
-    layout, mask, rank = packing.layout, packing.mask(), packing.layout.num_ranks - 1
-    if packing.exchange_is_cheaper():
-        hops_of(layout, mask, rank)
-    for source in range(layout.num_ranks):
-        cached_shard_blocks(layout, mask, rank, source)
+    rank_blocks(packing, packing.layout.num_ranks - 1)
 
 
 def cases_of(arguments: argparse.Namespace, ranks: int) -> list[Case]:

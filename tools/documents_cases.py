@@ -25,10 +25,12 @@ from cptrain.context_parallel.balance import (
     owners_of,
     work_of,
 )
+from cptrain.context_parallel.carrier import cached_shard_blocks
+from cptrain.context_parallel.exchange import groups_of, hops_at_once
 from cptrain.context_parallel.layout import Layout, Span, make_layout
-from cptrain.context_parallel.mask import Documents, Mask, num_visible
+from cptrain.context_parallel.mask import Documents, num_visible
 from cptrain.context_parallel.packing import Packing, pack
-from cptrain.context_parallel.schedule import blocks
+from cptrain.context_parallel.schedule import Block
 from cptrain.data.corpus import open_corpus
 from cptrain.data.prepare import prepare_corpus
 from cptrain.data.settings import DataConfig, TokenizerConfig
@@ -113,8 +115,8 @@ class Cut:
 
     def num_blocks(self) -> int:
         """Kernel launches of the rank with most, per layer and forward pass."""
-        mask = Mask(causal=True, documents=self.documents)
-        return max(sum(len(blocks(ours, theirs, mask)) for theirs in self.spans) for ours in self.spans)
+        packing = self.packing()
+        return max(len(rank_blocks(packing, rank)) for rank in range(self.num_ranks))
 
     def packing(self) -> Packing:
         """What attention needs to run in this cut."""
@@ -133,6 +135,18 @@ def documents_of(lengths: Sequence[int]) -> Documents:
 
 def packing_of(documents: Documents, layout: Layout) -> Packing:
     return pack(documents, num_ranks=layout.num_ranks, num_rows=1, chunk_size=layout.chunk_size, layout=layout)
+
+
+def rank_blocks(packing: Packing, rank: int, device_type: str = "cuda") -> list[Block]:
+    """The blocks that a rank computes, as its keys come: of a ring hop by hop, else of groups of hops."""
+    layout, mask = packing.layout, packing.mask()
+    if not packing.exchange_is_cheaper():
+        return [
+            block for source in range(layout.num_ranks) for block in cached_shard_blocks(layout, mask, rank, source)
+        ]
+    own = cached_shard_blocks(layout, mask, rank, rank)
+    groups = groups_of(layout, mask, rank, hops_at_once(layout, device_type))
+    return [*own, *(block for group in groups for block in group.blocks)]
 
 
 def balanced_packing(documents: Documents, ranks: int) -> Packing:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from attention_cases import DTYPES
 from attention_clock import RUNS_ON_CUDA
 from bench_attention import received
-from documents_cases import LayoutName, documents_of, make_cut
+from documents_cases import LayoutName, documents_of, make_cut, rank_blocks
 from simulated_group import simulated_ranks
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -173,7 +173,7 @@ def measure_simulated(case: Case, ranks: Sequence[int]) -> list[Times]:
             with simulated_ranks(rank, case.ranks, torch.device(case.device)):
                 for layout in case.layouts:
                     times, run = layout_run(case, layout, rank)
-                    run(0)
+                    run(case.heads if case.repeats else 0)
                     with recorded_messages() as messages:
                         clocks = timed(partial(run, case.heads), case.repeats)
                     times = found.setdefault(f"{layout} {rank}", times)
@@ -181,7 +181,7 @@ def measure_simulated(case: Case, ranks: Sequence[int]) -> list[Times]:
                     times.sent_bytes = sum(message.num_bytes for message in messages) // max(case.repeats, 1)
         with simulated_ranks(0, 1, torch.device(case.device)):
             run = single_run(case)
-            run(0)
+            run(case.heads if case.repeats else 0)
             found[SINGLE].clocks.append(timed(partial(run, case.heads), case.repeats))
     return list(found.values())
 
@@ -275,15 +275,16 @@ def layout_run(case: Case, layout: str, rank: int) -> tuple[Times, Callable[[int
     """What is known of a layout on this rank, and its forward and backward pass."""
     mesh = init_device_mesh(case.device, (case.ranks,), mesh_dim_names=("ring",))
     if layout == CAUSAL_RING:
-        plan = ContextParallel(mesh, ulysses=None, kernel=case.kernel)
-        cut, mask, batch, route = plan.ring_layout(case.seq_len), CAUSAL, None, "ring"
+        kernel = choose_kernel(case.device, DTYPES[case.dtype], key_dim=case.dim, packed=True, name=case.kernel)
+        plan = ContextParallel(mesh, ulysses=None, kernel=kernel.name)  # the one that packed documents get
+        cut, batch, route = plan.ring_layout(case.seq_len), None, "ring"
+        found = [block for source in range(case.ranks) for block in cached_shard_blocks(cut, CAUSAL, rank, source)]
         tokens = case.seq_len // case.ranks
     else:
         plan = ContextParallel(mesh, ulysses=None, layout="balanced", kernel=case.kernel)
         batch = batch_of(plan, layout, case.lengths)  # type: ignore[arg-type]
-        cut, mask, tokens = batch.packing.layout, batch.packing.mask(), batch.packing.layout.shard_length
+        found, tokens = rank_blocks(batch.packing, rank, case.device), batch.packing.layout.shard_length
         route = "exchange" if batch.packing.exchange_is_cheaper() else "ring"
-    found = [block for source in range(case.ranks) for block in cached_shard_blocks(cut, mask, rank, source)]
     tensors = case.tensors(tokens)
 
     def run(heads: int) -> None:

@@ -178,8 +178,15 @@ FAULTS = (
         "narrow-gradients",
         "gradients travel home in the dtype of the keys",
         "exchange.py",
-        "message = torch.zeros(sum(shape.numel() for shape in shapes), dtype=wide, device=k.device)",
-        "wide = k.dtype; message = torch.zeros(sum(s.numel() for s in shapes), dtype=wide, device=k.device)",
+        "sums = torch.zeros(sum(shape.numel() for shape in shapes), dtype=wide, device=k.device)",
+        "sums = torch.zeros(sum(s.numel() for s in shapes), dtype=k.dtype, device=k.device)",
+    ),
+    Fault(
+        "shuffled-hops",
+        "keys of hops that are computed together lie in the order of the hops, not of the sequence",
+        "exchange.py",
+        "put(whole, hop.place, part)",
+        "put(whole, hop.place[::-1], part)",
     ),
     Fault(
         "overlapping-rows",

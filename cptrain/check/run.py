@@ -77,11 +77,7 @@ def _findings(trainer: ToyTrainer) -> list[Finding]:
         dtype=trainer.precision.param,
     )
     cuts = [cuts_of(plan, mask, sizes.length) for mask in dict.fromkeys(trainer.masks)]
-    findings = []
-    for cut in itertools.chain(*cuts):
-        # On one rank, layers without window and documents call F.scaled_dot_product_attention itself.
-        if plan.degree > 1 or cut.mask.window or cut.mask.documents:
-            findings += check_attention(cut, sizes)
+    findings = [finding for cut in itertools.chain(*cuts) for finding in check_attention(cut, sizes)]
     findings.append(check_positions(cuts[0][0]))
     findings.append(check_rotary_positions(trainer))
     findings += check_step(trainer)

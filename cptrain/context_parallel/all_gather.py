@@ -86,7 +86,7 @@ class AllGather:
 def _chunk_orders(layout: Layout, batch: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Indices that put chunks from global order [B, S] into sharded order [N, B, T], and back.
 
-    Copied to the device once per layout.
+    Copied to the device once per layout and batch size.
     """
     chunks = torch.tensor(layout.chunks)  # [N, chunks of a rank]
     rows = torch.arange(batch)[:, None] * chunks.numel()

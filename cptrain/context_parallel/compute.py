@@ -8,7 +8,7 @@ import torch
 
 from cptrain.context_parallel.carrier import Gradients, Piece, Sums, accumulator_dtype, new_heads, new_sums
 from cptrain.context_parallel.kernels import Kernel, backward_launch, forward_launch, packs
-from cptrain.context_parallel.launches import Launch, Ranges, accumulate, one_range, plan_launches, put, take
+from cptrain.context_parallel.launches import Launch, Ranges, accumulate, join, plan_launches, put, take
 from cptrain.context_parallel.merging import merge
 from cptrain.context_parallel.schedule import Shape
 
@@ -111,7 +111,7 @@ class _Rows:
             # Views where the rows are one range, and then merged in place.
             so_far = take(whole_out, rows), take(whole_lse, rows)
             merge(*so_far, out, lse)
-            if one_range(rows) is not None:
+            if len(join(rows)) == 1:
                 return
             out, lse = so_far
         put(whole_out, rows, out)

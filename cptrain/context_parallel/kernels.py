@@ -50,6 +50,7 @@ class Kernel:
     most_dim: int | None = None  # of keys and values
     dim_multiple: int = 1  # that the widths of keys and values are
     any_shapes: bool = True  # a new shape of a block costs nothing; otherwise packed documents are not for it
+    deterministic: bool = True  # or refuses by itself under torch.use_deterministic_algorithms
     generations: frozenset[int] | None = None  # of CUDA devices (compute capability 9.x is 9) on which "auto" means it
     implementation: str = ""  # that torch.nn.attention.activate_flash_attention_impl puts behind the operators
 
@@ -74,6 +75,7 @@ CUDNN = Kernel(
     most_dim=128,
     dim_multiple=8,
     any_shapes=False,
+    deterministic=False,  # its backward pass; torch's own dispatch leaves it out for that
     generations=frozenset({9, 10}),
 )
 # Whatever is behind torch's operators of flash attention: its own FlashAttention 2, unless something was activated.
@@ -101,7 +103,7 @@ EFFICIENT = Kernel(
     dim_multiple=8,
 )
 REFERENCE = Kernel(
-    "reference",  # plain torch, on any device; several times slower than a flash kernel
+    "reference",  # plain torch; several times slower than a flash kernel
     frozenset({"cpu", "cuda", "meta"}),
     _ANY,
     reference.reference_forward,
@@ -127,8 +129,16 @@ def choose_kernel(
     packed: of packed documents, whose blocks have ever new shapes. An implementation of flash attention that the kernel
     needs is activated, for this process. Raises NotImplementedError that names what would work.
     """
-    generation = torch.cuda.get_device_capability()[0] if device_type == "cuda" and torch.cuda.is_available() else 0
-    kernel = _choose(device_type, generation, dtype, key_dim, key_dim if value_dim is None else value_dim, packed, name)
+    kernel = _choose(
+        device_type,
+        _generation() if device_type == "cuda" else 0,
+        torch.are_deterministic_algorithms_enabled(),
+        dtype,
+        key_dim,
+        key_dim if value_dim is None else value_dim,
+        packed,
+        name,
+    )
     if kernel.implementation and kernel.implementation != current_flash_attention_impl():
         try:
             activate_flash_attention_impl(kernel.implementation)
@@ -139,9 +149,22 @@ def choose_kernel(
     return kernel
 
 
+def _generation() -> int:
+    """Of the current CUDA device; 0 where cuDNN may not be used, which alone depends on it."""
+    usable = torch.cuda.is_available() and torch.backends.cudnn.is_available()
+    return torch.cuda.get_device_capability()[0] if usable and torch.backends.cuda.cudnn_sdp_enabled() else 0
+
+
 @lru_cache(maxsize=256)
 def _choose(
-    device_type: str, generation: int, dtype: torch.dtype, key_dim: int, value_dim: int, packed: bool, name: str
+    device_type: str,
+    generation: int,
+    deterministic: bool,
+    dtype: torch.dtype,
+    key_dim: int,
+    value_dim: int,
+    packed: bool,
+    name: str,
 ) -> Kernel:
     fitting = [
         kernel
@@ -150,6 +173,7 @@ def _choose(
         and dtype in kernel.dtypes
         and kernel.fits(key_dim, value_dim)
         and (kernel.any_shapes or not packed)
+        and (kernel.deterministic or not deterministic)
     ]
     for kernel in fitting:
         by_itself = kernel.generations is None or generation in kernel.generations
@@ -157,6 +181,7 @@ def _choose(
             return kernel
     widths = f"{key_dim}" if key_dim == value_dim else f"{key_dim} and values of {value_dim}"
     what = f"{dtype} on {device_type} with keys of {widths}{', packed documents' if packed else ''}"
+    what += ", deterministic" if deterministic else ""
     wanted = "no attention kernel" if name == "auto" else f'the attention kernel "{name}" is not there'
     offered = (
         ", ".join(kernel.name for kernel in fitting if not kernel.implementation)

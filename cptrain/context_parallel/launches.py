@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -72,18 +71,11 @@ def plan_launches(blocks: tuple[Block, ...], *, packs: bool) -> tuple[Launch, ..
     return tuple(Launch(launch[0].shape, tuple(launch)) for launch in launches)
 
 
-def one_range(ranges: Ranges) -> slice | None:
-    """The ranges as one, if each begins where the one before ends."""
-    if any(before[1] != after[0] for before, after in pairwise(ranges)):
-        return None
-    return slice(ranges[0][0], ranges[-1][1])
-
-
 def take(x: torch.Tensor, ranges: Ranges) -> torch.Tensor:
     """x [B, H, T, D] or [B, H, T] with these ranges of T, one behind the other: a view where they are one range."""
-    whole = one_range(ranges)
-    if whole is not None:
-        return x[:, :, whole]
+    ranges = join(ranges)
+    if len(ranges) == 1:
+        return x[:, :, slice(*ranges[0])]
     stored, dim = _stored(x)
     taken = stored.index_select(dim, _index(ranges, x.device))
     return taken if dim == 2 else taken.transpose(1, 2)
@@ -91,6 +83,7 @@ def take(x: torch.Tensor, ranges: Ranges) -> torch.Tensor:
 
 def copy_ranges(x: torch.Tensor, ranges: Ranges, into: torch.Tensor) -> None:
     """Write these ranges of T of x [B, H, T, D] one behind the other into a tensor that is stored in the same order."""
+    ranges = join(ranges)
     if len(ranges) <= MOST_SLICES:
         for (start, stop), here in _cuts(ranges):
             into[:, :, here] = x[:, :, start:stop]
@@ -101,6 +94,7 @@ def copy_ranges(x: torch.Tensor, ranges: Ranges, into: torch.Tensor) -> None:
 
 def put(x: torch.Tensor, ranges: Ranges, values: torch.Tensor) -> None:
     """Write values into these ranges of T, which are apart."""
+    ranges = join(ranges)
     if len(ranges) <= MOST_SLICES:
         for (start, stop), here in _cuts(ranges):
             x[:, :, start:stop] = values[:, :, here]
@@ -111,12 +105,25 @@ def put(x: torch.Tensor, ranges: Ranges, values: torch.Tensor) -> None:
 
 def accumulate(x: torch.Tensor, ranges: Ranges, values: torch.Tensor) -> None:
     """Add values to these ranges of T, which may overlap."""
+    ranges = join(ranges)
     if len(ranges) <= MOST_SLICES:
         for (start, stop), here in _cuts(ranges):
             x[:, :, start:stop] += values[:, :, here]
         return
     stored, dim = _stored(x)
     stored.index_add_(dim, _index(ranges, x.device), (values if dim == 2 else values.transpose(1, 2)).to(x.dtype))
+
+
+@lru_cache(maxsize=4096)
+def join(ranges: Ranges) -> Ranges:
+    """The same, with each range that begins where the one before ends joined to it."""
+    joined: list[tuple[int, int]] = []
+    for start, stop in ranges:
+        if joined and joined[-1][1] == start:
+            joined[-1] = (joined[-1][0], stop)
+        else:
+            joined.append((start, stop))
+    return tuple(joined)
 
 
 def _stored(x: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -148,6 +155,6 @@ def _offsets(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
 
 
-@lru_cache(maxsize=256)  # on the device, of up to as many tokens as a rank holds
+@lru_cache(maxsize=128)  # on the device: as many numbers as there are tokens in the ranges
 def _index(ranges: Ranges, device: torch.device) -> torch.Tensor:
     return torch.cat([torch.arange(start, stop) for start, stop in ranges]).to(device)

@@ -47,6 +47,8 @@ def _one_pass() -> Merge:
 
         row = torch.zeros(1, 1, 1, 16, device="cuda")
         merge_in_one_pass(row, row[..., 0].clone(), row.bfloat16(), row[..., 0].clone())
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         logger.warning(f"results of blocks are merged in torch, some per cent slower, since Triton fails: {error!r}")
         return merge_in_torch

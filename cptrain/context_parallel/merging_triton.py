@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -14,23 +15,25 @@ def merge_in_one_pass(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Te
     batch, heads, length, dim = out.shape
     if length == 0:
         return
-    _merge_rows[(triton.cdiv(length, ROWS), heads, batch)](
-        out,
-        lse,
-        block_out,
-        block_lse,
-        *out.stride(),
-        *lse.stride(),
-        *block_out.stride(),
-        *block_lse.stride(),
-        length,
-        dim,
-        ROWS=ROWS,
-        DIM=triton.next_power_of_2(dim),
-    )
+    with torch.cuda.device(out.device):  # Triton launches on the current one
+        _merge_rows[(triton.cdiv(length, ROWS), heads, batch)](
+            out,
+            lse,
+            block_out,
+            block_lse,
+            *out.stride(),
+            *lse.stride(),
+            *block_out.stride(),
+            *block_lse.stride(),
+            length,
+            dim,
+            ROWS=ROWS,
+            DIM=triton.next_power_of_2(dim),
+        )
 
 
-@triton.jit
+# Numbers that change with every block of packed documents: compiled anew for their divisors, they would stall steps.
+@triton.jit(do_not_specialize=["length", "lse_b", "lse_h", "block_lse_b", "block_lse_h", "block_b"])
 def _merge_rows(  # type: ignore[no-untyped-def]
     out,
     lse,

@@ -115,19 +115,6 @@ def needed(found: Sequence[Block]) -> tuple[tuple[int, int], ...]:
     return tuple(ranges)
 
 
-def packed(found: Sequence[Block]) -> tuple[Block, ...]:
-    """The same blocks when only the `needed` keys are held, one range behind the other."""
-    ranges, shifted, before = needed(found), [], 0
-    offsets = []
-    for start, stop in ranges:
-        offsets.append((start, stop, before - start))
-        before += stop - start
-    for block in found:
-        shift = next(shift for start, stop, shift in offsets if start <= block.k_start and block.k_stop <= stop)
-        shifted.append(block._replace(k_start=block.k_start + shift, k_stop=block.k_stop + shift))
-    return tuple(shifted)
-
-
 def _length(spans: Sequence[Span]) -> int:
     return sum(span.length for span in spans)
 

@@ -67,23 +67,22 @@ def group_rank(group_name: str) -> int:
 class Messenger:
     """Point-to-point messages over one communicator: `post` a send and a receive, compute, then `wait`.
 
-    One pair is in flight at a time. Both directions go into one batch: a send that waits for a receive posted later
-    would deadlock a ring on NCCL, whose operations of one communicator run in order. With overlap=False `post` itself
-    waits, so that the worth of overlapping can be measured.
+    Several pairs may be in flight. Both directions of one go into one batch: a send that waits for a receive posted
+    later would deadlock a ring on NCCL, whose operations of one communicator run in order. With overlap=False `post`
+    itself waits, so that the worth of overlapping can be measured.
     """
 
     def __init__(self, group_name: str, *, overlap: bool = True) -> None:
         self._group = resolve(group_name)
         self._overlap = overlap
         self._works: list[dist.Work] = []
-        self._held: tuple[torch.Tensor | None, ...] = ()
+        self._held: list[torch.Tensor | None] = []
 
     def post(self, *, send: torch.Tensor | None, to: int, receive: torch.Tensor | None, source: int) -> None:
         """Start a message to rank `to` of the group and one from rank `source`; None sends or receives nothing.
 
         Neither contiguous tensor may be written before `wait`.
         """
-        assert not self._works, "one pair of messages at a time"
         operations = []
         # P2P peers are global ranks, also when the group is not the world.
         if send is not None:
@@ -94,8 +93,8 @@ class Messenger:
                 dist.P2POp(dist.irecv, receive, dist.get_global_rank(self._group, source), group=self._group)
             )
         if operations:
-            self._held = (send, receive)
-            self._works = dist.batch_isend_irecv(operations)
+            self._held += [send, receive]
+            self._works += dist.batch_isend_irecv(operations)
         if not self._overlap:
             self.wait()
 
@@ -104,7 +103,7 @@ class Messenger:
         for work in self._works:
             work.wait()
         self._works = []
-        self._held = ()
+        self._held = []
 
 
 class Gathering:

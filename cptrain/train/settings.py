@@ -123,7 +123,7 @@ class DebugConfig:
     deterministic: bool = setting(False, "refuse operations whose result may differ from run to run (slower on CUDA)")
     startup_check: bool = setting(
         True,
-        "compare context-parallel attention with one rank's before the first step (a second), and stop if it differs",
+        "compare attention on these ranks with one process's before the first step (a second), and stop if it differs",
     )
 
     def problems(self) -> Iterator[Problem]:

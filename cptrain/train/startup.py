@@ -43,13 +43,11 @@ class StartupCheck:
     def __call__(self, plan: ContextParallel, seq_len: int) -> None:
         """Log one line, or raise RuntimeError with a table on all ranks. Collective over all ranks.
 
-        Does nothing for a plan that is known, or that no layer uses. Neither the generators of the training nor its
-        data or groups are touched, and nothing stays in memory.
+        Does nothing for a plan that is known. Neither the generators of the training nor its data or groups are
+        touched, and nothing stays in memory.
         """
         masks = [Mask(self._shape.attention_mask == "causal", window) for window in sorted(set(self._shape.windows()))]
-        if plan.degree == 1 and plan.layout != "balanced":
-            masks = [mask for mask in masks if mask.window]
-        if not self._enabled or not masks or plan in self._checked:
+        if not self._enabled or plan in self._checked:
             return
         self._checked.add(plan)
         start = time.perf_counter()
