@@ -76,7 +76,7 @@ DOCUMENTS = {"document_mask": True}
 # ranks, settings, and the masks whose attention gets rows
 CONFIGURATIONS: dict[str, tuple[int, TrainSettings, list[str]]] = {
     "one rank": (1, settings(), ["causal"]),
-    "one rank, windows": (1, settings(model={"window_size": 16, "full_attention_every": 2}), ["window 16"]),
+    "one rank, windows": (1, settings(model={"window_size": 16, "full_attention_every": 2}), ["window 16", "causal"]),
     "fsdp, accumulation": (2, settings(training={"global_batch_size": 4}), ["causal"]),
     "ulysses, full mask": (2, settings(ulysses_degree=2, model={"attention_mask": "full"}), ["full"]),
     "all-gather": (2, settings(ring_degree=2, context_parallel_method="all_gather", mode="none"), ["causal"]),

@@ -15,7 +15,7 @@ from test_attention import HEADS, problem
 from tolerance import assert_matches
 from torch.distributed.device_mesh import init_device_mesh
 
-from cptrain.context_parallel import ContextParallel, exchange
+from cptrain.context_parallel import ContextParallel, hops
 from cptrain.context_parallel.packing import Packer, find_documents
 from cptrain.distributed.transport import recorded_messages
 from cptrain.parallel.activation_checkpoint import apply_activation_checkpoint
@@ -35,7 +35,6 @@ PLANS: dict[int, dict[str, dict[str, Any]]] = {
         "ring": {"ring": 3},
         "all-gather": {"ring": 3, "method": "all_gather"},
         "double ring of 3": {"ring": 3, "ring_inner_degree": 3},
-        "ring, hops together": {"ring": 3, "copies_are_dear": frozenset()},
     },
     4: {
         "ring": {"ring": 4},
@@ -45,16 +44,10 @@ PLANS: dict[int, dict[str, dict[str, Any]]] = {
         "double ring 2 x 2": {"ring": 4, "ring_inner_degree": 2},
         "all-gather": {"ring": 4, "method": "all_gather"},
         "ring, blocks in few calls": {"ring": 4, "kernel": "reference"},
-        "ring, hops together, blocks in few calls": {
-            "ring": 4,
-            "kernel": "reference",
-            "copies_are_dear": frozenset(),
-        },
         "all-gather, blocks in few calls": {"ring": 4, "method": "all_gather", "kernel": "reference"},
     },
     8: {
         "ring": {"ring": 8},
-        "ring, hops together": {"ring": 8, "copies_are_dear": frozenset()},
         "hybrid with double ring": {"ring": 4, "ulysses": 2, "ring_inner_degree": 2},
         "all-gather": {"ring": 8, "method": "all_gather"},
     },
@@ -135,13 +128,6 @@ def sharded(cp: ContextParallel, q, k, v, dout, ids: torch.Tensor, window_size: 
 
 
 def check_every_pack(rank: int, world: int, options: dict[str, Any], device: str = "cpu") -> None:
-    options = dict(options)
-    copies_are_dear = options.pop("copies_are_dear", exchange.COPIES_ARE_DEAR)
-    with mock.patch.object(exchange, "COPIES_ARE_DEAR", copies_are_dear):
-        check_packs(rank, world, options, device)
-
-
-def check_packs(rank: int, world: int, options: dict[str, Any], device: str) -> None:
     plan, length = make_plan(device=device, **options), 2 * CHUNK * 2 * world
     rows = [(name, PACKS[number - 1]) for number, name in enumerate(PACKS)]
     rows = rows[:: {4: 2, 8: 4}.get(world, 1)]  # many ranks take turns on few cores
@@ -164,6 +150,16 @@ def check_packs(rank: int, world: int, options: dict[str, Any], device: str) -> 
 @pytest.mark.parametrize(("world", "name"), [(world, name) for world, plans in PLANS.items() for name in plans])
 def test_packed_attention_equals_one_process_in_fp64(pool, world, name):
     pool.run(world, check_every_pack, PLANS[world][name])
+
+
+def check_hops_together(rank: int, world: int, options: dict[str, Any]) -> None:
+    with mock.patch.object(hops, "COPIES_ARE_DEAR", frozenset()):
+        check_every_pack(rank, world, options)
+
+
+@pytest.mark.parametrize(("world", "name"), [(2, "ring"), (3, "ring"), (4, "ring, blocks in few calls"), (8, "ring")])
+def test_packed_attention_is_the_same_where_hops_are_computed_together(pool, world, name):
+    pool.run(world, check_hops_together, PLANS[world][name])
 
 
 def check_single_rows(rank: int, world: int, options: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cptrain.context_parallel import exchange
+from cptrain.context_parallel import hops
 from cptrain.context_parallel.launches import put, take
 from cptrain.context_parallel.layout import Layout, Span, contiguous, zigzag
 from cptrain.context_parallel.mask import CAUSAL, FULL, Documents, Mask
@@ -108,7 +108,7 @@ def test_schedule_of_exchanged_keys_computes_each_visible_pair_once(name, mask, 
         here, shards = whole_stream(mask, layout.length), layout.permutation().view(layout.num_ranks, -1)
         tokens = range(layout.length)
         expected = torch.tensor([[here.visible(q, k) for k in tokens] for q in tokens]).to(torch.int64)
-        groups = [exchange.groups_of(layout, here, rank, at_once) for rank in range(layout.num_ranks)]
+        groups = [hops.groups_of(layout, here, rank, at_once) for rank in range(layout.num_ranks)]
         found = torch.zeros_like(expected)
         for rank in range(layout.num_ranks):
             count(found, shard_blocks(layout, here, rank, rank), shards[rank], shards[rank])
@@ -128,9 +128,9 @@ def test_schedule_of_exchanged_keys_computes_each_visible_pair_once(name, mask, 
 
 
 def test_schedule_takes_small_hops_together_where_copies_are_cheap():
-    assert exchange.hops_at_once(zigzag(8, 8 * 2048), "cuda") == 8
-    assert exchange.hops_at_once(zigzag(8, 8 * 65_536), "cuda") == 1
-    assert exchange.hops_at_once(zigzag(8, 8 * 2048), "cpu") == 1
+    assert hops.hops_at_once(zigzag(8, 8 * 2048), "cuda") == 8
+    assert hops.hops_at_once(zigzag(8, 8 * 65_536), "cuda") == 1
+    assert hops.hops_at_once(zigzag(8, 8 * 2048), "cpu") == 1
 
 
 def work(layout: Layout, rank: int, mask: Mask = CAUSAL) -> int:

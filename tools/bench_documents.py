@@ -49,7 +49,7 @@ from documents_clock import CAUSAL_RING, SINGLE, Case, case_times
 from documents_report import PLAN_HEADER, TIME_HEADER, Planned, Timed, combine, write_csv
 
 from cptrain.context_parallel.carrier import cached_shard_blocks
-from cptrain.context_parallel.exchange import groups_of
+from cptrain.context_parallel.hops import groups_of
 from cptrain.context_parallel.packing import Packing
 
 KERNEL_PACKS = 4  # of which --plan counts the kernels

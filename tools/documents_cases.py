@@ -26,7 +26,7 @@ from cptrain.context_parallel.balance import (
     work_of,
 )
 from cptrain.context_parallel.carrier import cached_shard_blocks
-from cptrain.context_parallel.exchange import groups_of, hops_at_once
+from cptrain.context_parallel.hops import groups_of, hops_at_once
 from cptrain.context_parallel.layout import Layout, Span, make_layout
 from cptrain.context_parallel.mask import Documents, num_visible
 from cptrain.context_parallel.packing import Packing, pack

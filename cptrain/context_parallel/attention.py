@@ -16,8 +16,9 @@ import torch
 from cptrain.context_parallel.all_gather import AllGather
 from cptrain.context_parallel.carrier import Alone, Carrier, accumulator_dtype, arranged, new_heads
 from cptrain.context_parallel.compute import Backward, Forward
-from cptrain.context_parallel.exchange import Exchange, num_needed_keys
+from cptrain.context_parallel.exchange import Exchange
 from cptrain.context_parallel.groups import Groups
+from cptrain.context_parallel.hops import num_needed_keys
 from cptrain.context_parallel.kernels import Kernel, choose_kernel
 from cptrain.context_parallel.layout import Layout, make_layout
 from cptrain.context_parallel.mask import Mask

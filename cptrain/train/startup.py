@@ -44,7 +44,7 @@ class StartupCheck:
         """Log one line, or raise RuntimeError with a table on all ranks. Collective over all ranks.
 
         Does nothing for a plan that is known. Neither the generators of the training nor its data or groups are
-        touched, and nothing stays in memory.
+        touched, and nothing stays in memory but schedules.
         """
         masks = [Mask(self._shape.attention_mask == "causal", window) for window in sorted(set(self._shape.windows()))]
         if not self._enabled or plan in self._checked:
