@@ -14,5 +14,6 @@ export OMP_NUM_THREADS=1
 .venv/bin/ruff check --quiet .
 .venv/bin/ruff format --quiet --check .
 .venv/bin/mypy --no-error-summary
-# A process of its own runs the tests of a file; each may start ranks, so a few processes keep any machine busy.
-exec .venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile "$@"
+# A process of its own runs the tests of a file; each may start ranks, so a few processes keep any machine busy. Files
+# come in the order of tests/conftest.py, the longest first.
+exec .venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"
