@@ -44,10 +44,14 @@ SHAPES = {
 
 def block(shape: str, dtype: torch.dtype = torch.float64, dim: int = 8) -> tuple[torch.Tensor, ...]:
     """q, k, v and the output's gradient."""
-    _, num_queries, num_keys, heads, kv_heads = SHAPES[shape]
-    generator = torch.Generator().manual_seed(len(shape))
+    return tuple(x.to(dtype) for x in random_block(*SHAPES[shape][1:], dim=dim))
+
+
+def random_block(num_queries: int, num_keys: int, heads: int, kv_heads: int, *, dim: int) -> tuple[torch.Tensor, ...]:
+    """q, k, v and the output's gradient of two sequences, in fp64."""
+    generator = torch.Generator().manual_seed(num_queries)
     sizes = [(2, heads, num_queries, dim), *[(2, kv_heads, num_keys, dim)] * 2, (2, heads, num_queries, dim)]
-    return tuple(torch.randn(size, generator=generator, dtype=torch.float64).to(dtype) for size in sizes)
+    return tuple(torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes)
 
 
 def dense(q, k, v, dout, *, causal: bool, scale: float = SCALE) -> tuple[torch.Tensor, ...]:

@@ -63,7 +63,7 @@ class Exchange:
             compute(piece, unpack(sums, *shapes))
             take_home()
             for hop in group.hops:
-                homecoming.append((hop.outgoing, self._send_back(hop, sums, k, v, alone=len(group.hops) == 1)))
+                homecoming.append((hop.outgoing, self._send_back(hop, group, sums, k, v)))
 
         self._visit(k, v, visit)
         take_home()
@@ -85,7 +85,7 @@ class Exchange:
         """Start a hop; returns the buffer in which its keys arrive."""
         send = None
         if hop.outgoing:
-            send = _packed(hop.outgoing, k, v, k.dtype)
+            send = _packed(hop.outgoing, k, v)
         receive = k.new_empty(_numel(hop.incoming, k, v))
         self._messenger.post(send=send, to=hop.reader, receive=receive if receive.numel() else None, source=hop.source)
         return receive
@@ -103,14 +103,11 @@ class Exchange:
                 put(whole, hop.place, part)
         return together
 
-    def _send_back(
-        self, hop: Hop, sums: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, alone: bool
-    ) -> torch.Tensor:
+    def _send_back(self, hop: Hop, group: Group, sums: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Start sending the gradients of a hop's keys to their owner; returns the buffer in which own ones arrive."""
         send = sums
-        if not alone:
-            num_keys = sums.numel() * k.size(2) // (k.numel() + v.numel())
-            send = _packed(hop.place, *unpack(sums, *_shapes(num_keys, k, v)), sums.dtype)
+        if len(group.hops) > 1:
+            send = _packed(hop.place, *unpack(sums, *_shapes(group.num_keys, k, v)))
         receive = sums.new_empty(_numel(hop.outgoing, k, v))
         self._grad_messenger.post(
             send=send if send.numel() else None,
@@ -121,9 +118,9 @@ class Exchange:
         return receive
 
 
-def _packed(ranges: Ranges, k: torch.Tensor, v: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Keys and values of these ranges, one behind the other, as one flat message."""
-    message = torch.empty(_numel(ranges, k, v), dtype=dtype, device=k.device)
+def _packed(ranges: Ranges, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Keys and values (or gradients of them) of these ranges, one behind the other, as one flat message."""
+    message = k.new_empty(_numel(ranges, k, v))
     for x, part in zip((k, v), unpack(message, *_shapes(num_tokens(ranges), k, v)), strict=True):
         copy_ranges(x, ranges, part)
     return message

@@ -20,7 +20,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from cptrain.context_parallel.attention import sends_needed_only
-from cptrain.context_parallel.hops import needed_keys
+from cptrain.context_parallel.hops import needed_keys, num_tokens
 from cptrain.context_parallel.layout import Layout
 from cptrain.context_parallel.mask import Mask
 from cptrain.distributed.transport import Message
@@ -86,10 +86,10 @@ def attention_traffic(
     elif needed_only:
         for hop in range(1, size):
             reader, source = (ring_rank + hop) % size, (ring_rank - hop) % size
-            if read := _num_keys(layout, mask, reader, ring_rank):
+            if read := num_tokens(needed_keys(layout, mask, reader, ring_rank)):
                 forward[Message("send", read * key)] += 1
                 backward[Message("send", read * key)] += 1
-            if held := _num_keys(layout, mask, ring_rank, source):
+            if held := num_tokens(needed_keys(layout, mask, ring_rank, source)):
                 backward[Message("send", held * gradient)] += 1
     elif gathers:
         gathered = Message("all_gather", others * layout.shard_length * key // heads)
@@ -106,7 +106,3 @@ def attention_traffic(
 def num_bytes(traffic: Traffic) -> int:
     """Bytes that leave the rank."""
     return sum(message.num_bytes * count for message, count in traffic.items())
-
-
-def _num_keys(layout: Layout, mask: Mask, reader: int, source: int) -> int:
-    return sum(stop - start for start, stop in needed_keys(layout, mask, reader, source))
