@@ -6,6 +6,8 @@ import csv
 import os
 import subprocess
 import sys
+import time
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -169,6 +171,41 @@ def test_bench_step_prints_a_table(tmp_path: Path) -> None:
     assert rows["two_runs"][3] == "100.0%"
     assert float(rows["in_step"][3][:-1]) == pytest.approx(100 * seconds["two_runs"] / seconds["in_step"], rel=0.1)
     assert float(rows["torch_ring"][3][:-1]) == pytest.approx(50 * seconds["two_runs"] / seconds["torch_ring"], rel=0.1)
+
+
+def seconds_at_blocks(rank: int, world: int, folder: Path, late_s: tuple[float, float]) -> float:
+    """How long the later of two passes took whose peer came so many seconds late to forward and to backward."""
+    sys.path.insert(0, str(ROOT / "tools"))
+    from bench_step import meet_at_blocks
+
+    model = torch.nn.Module()
+    model.layers = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
+    meet_at_blocks(model, folder / str(rank))
+    start = time.perf_counter()
+    time.sleep(rank * late_s[0])
+    loss = model.layers[0](torch.ones(2, requires_grad=True)).sum()
+    time.sleep(rank * late_s[1])
+    loss.backward()
+    return time.perf_counter() - start
+
+
+@pytest.mark.parametrize("late_s", [(1.0, 0.0), (0.0, 1.0)], ids=["forward", "backward"])
+def test_bench_step_in_step_waits_for_the_other_run_at_each_block(pool, tmp_path: Path, late_s) -> None:
+    first, second = pool.run(2, seconds_at_blocks, tmp_path, late_s)
+    assert first > 0.9 and second > 0.9
+
+
+def test_bench_step_in_step_meets_in_the_model_that_trains(
+    tmp_path: Path, tools: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import bench_step
+
+    met: list[int] = []
+    monkeypatch.setattr(bench_step, "meet_at_blocks", lambda model, result: met.append(len(model.layers)))
+    sizes = {"layers": 2, "dim": 16, "heads": 2, "kv_heads": 0, "vocab": 512, "tokens": 32, "threads": 1}
+    counts = {"warmup": 0, "steps": 1, "checkpointing": "none"}
+    bench_step.run_case(Namespace(child="in_step", result=str(tmp_path / "0"), **sizes, **counts))
+    assert met == [2]
 
 
 class Attention(torch.nn.Module):
