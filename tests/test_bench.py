@@ -165,12 +165,27 @@ def test_bench_step_prints_a_table(tmp_path: Path) -> None:
     rows = {row[0]: row[1:] for row in table(text)}
     assert list(rows) == cases.split(",")
     seconds = {name: float(row[1]) for name, row in rows.items()}
-    assert rows["one"][2:] == ["1.000x", "-"]
+    assert rows["one"][2:4] == ["1.000x", "-"]
     # Two runs at once do twice the work of one; what two ranks reach of that is their share.
     assert float(rows["two_runs"][2][:-1]) == pytest.approx(2 * seconds["one"] / seconds["two_runs"], rel=0.1)
     assert rows["two_runs"][3] == "100.0%"
     assert float(rows["in_step"][3][:-1]) == pytest.approx(100 * seconds["two_runs"] / seconds["in_step"], rel=0.1)
     assert float(rows["torch_ring"][3][:-1]) == pytest.approx(50 * seconds["two_runs"] / seconds["torch_ring"], rel=0.1)
+    cpu_seconds = {name: float(row[4]) for name, row in rows.items()}
+    assert rows["one"][5] == "1.000" and 0 < cpu_seconds["one"] < 1.5 * seconds["one"]
+    assert float(rows["two_runs"][5]) == pytest.approx(cpu_seconds["two_runs"] / cpu_seconds["one"] / 2, rel=0.1)
+    assert float(rows["torch_ring"][5]) == pytest.approx(cpu_seconds["torch_ring"] / cpu_seconds["one"], rel=0.1)
+
+
+def test_bench_step_counts_cpu_seconds_of_work_alone(tools: ModuleType) -> None:
+    from bench_step import Clock
+
+    clock = Clock(1)
+    for _ in range(2):
+        with clock.step():
+            time.sleep(0.5)
+    assert len(clock.seconds) == len(clock.cpu_seconds) == 1
+    assert clock.seconds[0] >= 0.5 > 2 * clock.cpu_seconds[0]
 
 
 def seconds_at_blocks(rank: int, world: int, folder: Path, late_s: tuple[float, float]) -> float:

@@ -9,6 +9,9 @@ by side, without a message between them. "in_step" is the same, but the two wait
 forward and backward: what cores whose speed drifts apart give to ranks that need each other. "torch_ring" is the ring
 of 2 with torch's own ring attention in place of ours.
 
+"CPU s/step" is what the threads of all ranks compute and copy in a step, without what they wait for each other: over
+that of one rank it says what parallelism costs on cores of whatever speed.
+
     python tools/bench_step.py                       # the table of the README
     python tools/bench_step.py --cases one,cp4 --layers 2 --tokens 4096
 """
@@ -24,6 +27,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,25 +59,31 @@ def main() -> None:
         return
     names = arguments.cases.split(",")
     times: dict[str, list[float]] = {name: [] for name in names}
+    cpu_times: dict[str, list[float]] = {name: [] for name in names}
     for number in range(arguments.rounds):
         for name in names:
-            times[name].append(measure(arguments, name))
-            print(f"round {number + 1}  {name:<9} {times[name][-1]:8.3f} s/step", flush=True)
+            seconds, cpu_seconds = measure(arguments, name)
+            times[name].append(seconds)
+            cpu_times[name].append(cpu_seconds)
+            print(f"round {number + 1}  {name:<10} {seconds:8.3f} s/step  {cpu_seconds:8.3f} CPU s/step", flush=True)
     print(
         f"\n{arguments.layers} layers, dim {arguments.dim}, {arguments.heads} heads, "
         f"{arguments.kv_heads or arguments.heads} kv heads, vocabulary {arguments.vocab}, fp32, activation "
         f"checkpointing {arguments.checkpointing}, one sequence of {arguments.tokens} tokens, {arguments.threads} "
         f"thread(s) per rank, {arguments.rounds} rounds of {arguments.steps} steps after {arguments.warmup}"
     )
-    print("| case | processes | s/step (median) | speed-up over one rank | of two runs |\n|---|---|---|---|---|")
+    print("| case | processes | s/step (median) | speed-up over one rank | of two runs | CPU s/step | over one rank |")
+    print("|---|---|---|---|---|---|---|")
     for name in names:
         processes = 2 if name in TWICE else CASES[name][0]
-        speed_up = share = "-"
+        speed_up = share = work = "-"
         if "one" in times:
             speed_up = f"{ratio(times['one'], times[name]) * (2 if name in TWICE else 1):.3f}x"
+            work = f"{ratio(cpu_times[name], cpu_times['one']) / (2 if name in TWICE else 1):.3f}"
         if "two_runs" in times and processes == 2:
             share = f"{ratio(times['two_runs'], times[name]) / (1 if name in TWICE else 2):.1%}"
-        print(f"| {name} | {processes} | {statistics.median(times[name]):.3f} | {speed_up} | {share} |")
+        seconds, cpu_seconds = (f"{statistics.median(of[name]):.3f}" for of in (times, cpu_times))
+        print(f"| {name} | {processes} | {seconds} | {speed_up} | {share} | {cpu_seconds} | {work} |")
 
 
 def ratio(above: list[float], below: list[float]) -> float:
@@ -103,15 +114,19 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measure(arguments: argparse.Namespace, name: str) -> float:
-    """Seconds per step of one case, in fresh processes; of TWICE, which share the machine, the mean of both."""
+def measure(arguments: argparse.Namespace, name: str) -> tuple[float, float]:
+    """Seconds per step of one case, in fresh processes, and CPU seconds of all of them.
+
+    Of TWICE, which share the machine, the mean of both and the CPU seconds of both.
+    """
     with tempfile.TemporaryDirectory() as folder:
         results = [Path(folder) / str(number) for number in range(2 if name in TWICE else 1)]
         running = [launch(arguments, name, result) for result in results]
         failed = [process for process in running if process.wait()]
         if failed:
             raise SystemExit(f"{name} failed; see above")
-        return statistics.mean(json.loads(result.read_text()) for result in results)
+        seconds, cpu_seconds = zip(*(json.loads(result.read_text()) for result in results), strict=True)
+        return statistics.mean(seconds), sum(cpu_seconds)
 
 
 def launch(arguments: argparse.Namespace, name: str, result: Path) -> subprocess.Popen:
@@ -165,26 +180,45 @@ def settings_of(arguments: argparse.Namespace, folder: Path):
     )
 
 
-def time_trainer(arguments: argparse.Namespace, folder: Path) -> float:
-    """Seconds of the fastest timed step of the real trainer."""
+class Clock:
+    """Seconds, and CPU seconds of all threads of this process, of each step after the first `warmup`."""
+
+    def __init__(self, warmup: int) -> None:
+        self._warmup = warmup
+        self.seconds: list[float] = []
+        self.cpu_seconds: list[float] = []
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        start, cpu_start = time.perf_counter(), time.process_time()
+        yield
+        if self._warmup:
+            self._warmup -= 1
+            return
+        self.seconds.append(time.perf_counter() - start)
+        self.cpu_seconds.append(time.process_time() - cpu_start)
+
+
+def time_trainer(arguments: argparse.Namespace, folder: Path) -> tuple[float, float]:
+    """Seconds of the fastest timed step of the real trainer, and the fewest CPU seconds of one, of all ranks."""
     import torch
     import torch.distributed as dist
 
     from cptrain.train.trainer import Trainer
 
-    seconds = []
+    clock = Clock(arguments.warmup)
     with Trainer(settings_of(arguments, folder), torch.device("cpu")) as trainer:
         if arguments.child == "torch_ring":
             use_torch_ring(trainer.model, trainer.stage.context)
         elif arguments.child == "in_step":
             meet_at_blocks(trainer.model, Path(arguments.result))
-        for index in range(arguments.warmup + arguments.steps):
+        for _ in range(arguments.warmup + arguments.steps):
             dist.barrier()
-            start = time.perf_counter()
-            trainer.train_step()
-            if index >= arguments.warmup:
-                seconds.append(time.perf_counter() - start)
-    return min(seconds)
+            with clock.step():
+                trainer.train_step()
+        cpu_seconds = torch.tensor(clock.cpu_seconds)
+        dist.all_reduce(cpu_seconds)
+    return min(clock.seconds), min(cpu_seconds.tolist())
 
 
 def meet_at_blocks(model: Llama, result: Path) -> None:
@@ -240,8 +274,8 @@ def use_torch_ring(model: Llama, plan: ContextParallel) -> None:
         dispatch.install(name, module, attention, None)
 
 
-def time_bare_loop(arguments: argparse.Namespace, folder: Path) -> float:
-    """Seconds of the fastest timed step of the same model and optimizer in a loop anyone would write."""
+def time_bare_loop(arguments: argparse.Namespace, folder: Path) -> tuple[float, float]:
+    """The same of this model and optimizer in a loop anyone would write."""
     import torch
     import torch.nn.functional as F
 
@@ -254,17 +288,15 @@ def time_bare_loop(arguments: argparse.Namespace, folder: Path) -> float:
     optimizer = torch.optim.AdamW(model.parameters(), lr=8e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     tokens = torch.randint(0, 256, (1, arguments.tokens + 1))
     positions = torch.arange(arguments.tokens)[None]
-    seconds = []
-    for index in range(arguments.warmup + arguments.steps):
-        start = time.perf_counter()
-        loss = F.cross_entropy(model(tokens[:, :-1], positions).flatten(0, 1), tokens[:, 1:].flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if index >= arguments.warmup:
-            seconds.append(time.perf_counter() - start)
-    return min(seconds)
+    clock = Clock(arguments.warmup)
+    for _ in range(arguments.warmup + arguments.steps):
+        with clock.step():
+            loss = F.cross_entropy(model(tokens[:, :-1], positions).flatten(0, 1), tokens[:, 1:].flatten())
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    return min(clock.seconds), min(clock.cpu_seconds)
 
 
 if __name__ == "__main__":
