@@ -2,7 +2,8 @@
 
 NCCL refuses two ranks on one device, and gloo does not send CUDA tensors. Here a message begins once the work that its
 stream already holds is done, runs beside the caller, and is there for the stream that waits for it. Every copy is
-delayed on the device, so that a buffer which is written too early, or read before the wait, shows as a wrong value.
+delayed on the device, so that a buffer which is written too early, or read before the wait, shows as a wrong value. A
+message may send on what an earlier one of the same group receives.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ class _Order(NamedTuple):
     start: Callable[[list[torch.Tensor], list[torch.Tensor]], dist.Work]
     given: list[torch.Tensor]
     results: list[torch.Tensor]
+    after: _Message | None  # the last one before it that receives: NCCL keeps to the order of the calls
 
 
 class StagedGroup(dist.ProcessGroup):
@@ -73,6 +75,7 @@ class StagedGroup(dist.ProcessGroup):
         super().__init__(rank, size)
         self._gloo = gloo
         self._random = random.Random(rank)
+        self._last_received: _Message | None = None
         self._stream = torch.cuda.Stream() if torch.cuda.is_available() else None
         self._orders: queue.SimpleQueue[_Order | None] = queue.SimpleQueue()
         self._started: queue.SimpleQueue[tuple[_Order, dist.Work, list[torch.Tensor]] | None] = queue.SimpleQueue()
@@ -93,6 +96,8 @@ class StagedGroup(dist.ProcessGroup):
         """In the order of the calls: bring what is given to the host and start gloo on it."""
         while (order := self._orders.get()) is not None:
             try:
+                if order.after is not None and order.given and not order.after.done.wait(MOST_SECONDS):
+                    raise TimeoutError(f"no message in {MOST_SECONDS} s")
                 if order.begin is not None:
                     self._stream.wait_event(order.begin)
                 given, results = self._copies(order.given), [torch.empty_like(x, device="cpu") for x in order.results]
@@ -138,7 +143,9 @@ class StagedGroup(dist.ProcessGroup):
         if any(x.is_cuda for x in (*given, *results)):
             begin = torch.cuda.Event()
             begin.record()
-        self._orders.put(_Order(message, begin, start, given, results))
+        self._orders.put(_Order(message, begin, start, given, results, self._last_received))
+        if results:
+            self._last_received = message
         return message
 
     def send(self, tensors: list[torch.Tensor], to: int, tag: int = 0) -> _Message:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ import torch.nn.functional as F
 from tolerance import assert_matches
 from torch.distributed.device_mesh import init_device_mesh
 
-from cptrain.context_parallel import ContextParallel
+from cptrain.context_parallel import ContextParallel, hops
+from cptrain.context_parallel.layout import make_layout
 
 # ranks -> what a plan is made with; "ring" and "ulysses" are degrees
 PLANS: dict[int, dict[str, dict[str, Any]]] = {
@@ -135,6 +137,27 @@ def check_every_case(rank: int, world: int, options: dict[str, Any], device: str
 @pytest.mark.parametrize(("world", "name"), [(world, name) for world, plans in PLANS.items() for name in plans])
 def test_attention_equals_one_process_in_fp64(pool, world, name):
     pool.run(world, check_every_case, PLANS[world][name])
+
+
+def check_hops_together(rank: int, world: int, options: dict[str, Any], tokens: int) -> None:
+    with mock.patch.object(hops, "COPIES_ARE_DEAR", frozenset()), mock.patch.object(hops, "ENOUGH_KEYS", tokens):
+        assert hops.hops_at_once(make_layout("zigzag", world, 12 * world), "cpu") == tokens // 12
+        check_every_case(rank, world, options)
+
+
+@pytest.mark.parametrize(
+    ("world", "name", "at_once"),
+    [
+        (3, "ring", 2),
+        (4, "ring", 2),
+        (4, "double ring 2 x 2", 3),
+        (8, "ring", 3),
+        (8, "ring", 100),
+        (8, "double ring, inner 4", 2),
+    ],
+)
+def test_attention_is_the_same_where_hops_are_computed_together(pool, world, name, at_once):
+    pool.run(world, check_hops_together, PLANS[world][name], 12 * at_once)
 
 
 def bf16_errors(

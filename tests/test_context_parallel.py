@@ -273,14 +273,14 @@ def test_plan_describes_its_modules_messages_and_buffers(pool):
     texts = pool.run(4, described)[0]
     assert texts["before"].splitlines()[1].startswith("no module applied yet: no window, all-to-all over 2 ranks and ")
     lines = texts["applied"].splitlines()
-    assert lines[0] == "hybrid (ring 2 x ulysses 2, zigzag, 1 hops, two key buffers)"
+    assert lines[0] == "hybrid (ring 2 x ulysses 2, zigzag, 1 hops)"
     assert lines[1].startswith("2 modules, layers.0.attention .. layers.1.attention: no window, all-to-all over 2")
     # a ring rank holds 2048 tokens of 1 kv head (of 2, over Ulysses 2) of 64 + 64 elements of 2 bytes: 512 KiB
     # all-to-all: a rank's 1024 tokens of 8 query heads of 64 elements, half of which go: 512 KiB; of 2 kv heads 128 KiB
     sent = "2 x 512 KiB (all_to_all), 2 x 128 KiB (all_to_all)"
     assert lines[2] == f"  forward sends {sent}, 1 x 512 KiB (send)"
     assert lines[3] == f"  backward sends {sent}, 1 x 1 MiB (send)"
-    assert lines[4] == "  two key buffers of 512 KiB"
+    assert lines[4] == "  2 key buffers of 512 KiB"
     assert lines[5].startswith("2 modules, layers.2.attention .. layers.3.attention: window 8, ")
     assert "needed keys straight from their owners" in lines[5]
     gathered = texts["all_gather"].splitlines()

@@ -33,6 +33,7 @@ from cptrain.context_parallel.kernels import (
 from cptrain.context_parallel.launches import Launch, take
 from cptrain.context_parallel.merging import merge, merge_in_torch
 from cptrain.context_parallel.schedule import Block, Shape
+from cptrain.distributed.side_stream import MOST_BEHIND, SideStream
 
 pytestmark = [
     pytest.mark.gpu,
@@ -236,6 +237,26 @@ def test_cuda_merge_is_done_in_one_pass(monkeypatch):
     lse = torch.full((1, 1, 3), -math.inf, device="cuda")
     merge(row, lse, torch.ones_like(row), torch.zeros_like(lse))
     assert row.eq(1).all() and lse.eq(0).all()
+
+
+def test_cuda_side_stream_holds_what_it_reads_and_no_more():
+    size, rounds = 1 << 22, 24
+    side = SideStream(torch.device("cuda"))
+    total = torch.zeros(size, device="cuda")
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    for number in range(rounds):
+        x = torch.full((size,), float(number), device="cuda")
+        with side.after(x):
+            torch.cuda._sleep(2_000_000)
+            total.add_(x)
+        del x
+        torch.full((size,), -1e6, device="cuda")  # takes the place of whatever is free
+    side.join()
+    assert torch.equal(total, torch.full_like(total, rounds * (rounds - 1) / 2))
+    peak = torch.cuda.max_memory_allocated() - before
+    assert peak <= (MOST_BEHIND + 2) * total.nbytes
 
 
 def on_device(pool, world: int, function: Any, *args: Any, **options: Any) -> list[Any]:

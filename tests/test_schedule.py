@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -114,23 +115,37 @@ def test_schedule_of_exchanged_keys_computes_each_visible_pair_once(name, mask, 
             count(found, shard_blocks(layout, here, rank, rank), shards[rank], shards[rank])
             assert len(groups[rank]) <= -(-(layout.num_ranks - 1) // at_once)
             for group in groups[rank]:
-                keys = torch.full((group.num_keys,), -1)
-                for hop in group.hops:
+                keys = torch.full((group.keys.num_keys,), -1)
+                assert group.keys.needed == tuple(hop.incoming for hop in group.hops)
+                for hop, place in zip(group.hops, group.keys.places, strict=True):
                     sent = [h.outgoing for g in groups[hop.source] for h in g.hops if h.reader == rank]
                     assert hop.incoming == (sent[0] if sent else ())
-                    for start, stop in hop.place:
+                    for start, stop in place:
                         assert (keys[start:stop] == -1).all()
                     if hop.incoming:
-                        put(keys[None, None], hop.place, take(shards[hop.source][None, None], hop.incoming))
+                        put(keys[None, None], place, take(shards[hop.source][None, None], hop.incoming))
                 assert keys.tolist() == sorted(set(keys.tolist()) - {-1})
-                count(found, group.blocks, shards[rank], keys)
+                count(found, group.keys.blocks, shards[rank], keys)
         assert torch.equal(found, expected), (layout, here)
 
 
 def test_schedule_takes_small_hops_together_where_copies_are_cheap():
-    assert hops.hops_at_once(zigzag(8, 8 * 2048), "cuda") == 8
+    assert hops.hops_at_once(zigzag(8, 8 * 8192), "cuda") == 4
+    assert hops.hops_at_once(zigzag(8, 8 * 32_768), "cuda") == 1
     assert hops.hops_at_once(zigzag(8, 8 * 65_536), "cuda") == 1
     assert hops.hops_at_once(zigzag(8, 8 * 2048), "cpu") == 1
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 8, 15])
+@pytest.mark.parametrize("at_once", [1, 2, 3, 4, 16])
+def test_schedule_of_a_ring_takes_hops_together_in_rising_batches(count, at_once):
+    found = hops.batches(range(count, 0, -1), at_once)
+    assert [hop for batch in found for hop in batch] == list(range(count, 0, -1))
+    sizes = [len(batch) for batch in found]
+    assert sizes[:1] in ([], [1]) and max(sizes, default=1) <= at_once
+    assert all(after <= 2 * before for before, after in pairwise(sizes))
+    # no smaller than that allows, but for the last
+    assert all(after == min(2 * before, at_once) for before, after in pairwise(sizes[:-1]))
 
 
 def work(layout: Layout, rank: int, mask: Mask = CAUSAL) -> int:

@@ -14,12 +14,13 @@ put in that order once per call, and what is sent and summed stays in it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import torch
 
+from cptrain.context_parallel.launches import Ranges, put
 from cptrain.context_parallel.layout import Layout
 from cptrain.context_parallel.mask import Mask
 from cptrain.context_parallel.schedule import Block, shard_blocks, whole_blocks
@@ -98,6 +99,20 @@ def unpack(message: torch.Tensor, k_shape: torch.Size, v_shape: torch.Size) -> t
     """Views of k [B, Hk, T, Dk] and v [B, Hk, T, Dv] in a flat message, arranged for the device."""
     num_k = k_shape.numel()
     return _as_heads(message[:num_k], k_shape), _as_heads(message[num_k:], v_shape)
+
+
+def collected(
+    num_keys: int,
+    like: tuple[torch.Tensor, torch.Tensor],
+    parts: Iterable[tuple[Ranges, tuple[torch.Tensor, torch.Tensor]]],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values, so many of them, with each part in its place, where all parts together fill them."""
+    shapes = [torch.Size((*x.shape[:2], num_keys, x.size(3))) for x in like]
+    whole = unpack(like[0].new_empty(sum(shape.numel() for shape in shapes)), *shapes)
+    for place, part in parts:
+        for there, here in zip(whole, part, strict=True):
+            put(there, place, here)
+    return whole
 
 
 def add(total: tuple[torch.Tensor, torch.Tensor], gradients: Gradients) -> None:

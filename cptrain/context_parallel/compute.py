@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
@@ -11,6 +12,7 @@ from cptrain.context_parallel.kernels import Kernel, backward_launch, forward_la
 from cptrain.context_parallel.launches import Launch, Ranges, accumulate, join, plan_launches, put, take
 from cptrain.context_parallel.merging import merge
 from cptrain.context_parallel.schedule import Shape
+from cptrain.distributed.side_stream import SideStream
 
 # Gradients of so many launches of one piece are kept until the piece is done; of more, whose keys overlap, a sum.
 MOST_LAUNCHES = 3
@@ -28,6 +30,7 @@ class Forward:
         self._kernel, self._q, self._causal, self._scale = kernel, q, causal, scale
         self._group, self._value_dim = q.size(1) // num_kv_heads, value_dim
         self._parts: dict[int, _Rows] = {}  # by the first kv head of a piece
+        self._side = SideStream(q.device)
 
     def __call__(self, piece: Piece) -> None:
         queries = self._q[:, _heads(piece, self._group)]
@@ -35,10 +38,14 @@ class Forward:
         for launch in plan_launches(piece.blocks, packs=packs(self._kernel, queries)):
             rows = _rows(launch, queries, self._causal)
             parts = take(queries, rows), take(piece.keys, launch.columns), take(piece.values, launch.columns)
-            rows_of.add(launch.shape, rows, *forward_launch(self._kernel, *parts, launch, self._scale))
+            found = forward_launch(self._kernel, *parts, launch, self._scale)
+            if not rows_of.begin(*found):
+                self._side.add(partial(rows_of.add, launch.shape, rows, *found), *found)
+        self._side.flush()
 
     def result(self) -> tuple[torch.Tensor, torch.Tensor]:
         """out [B, H, T, Dv] in the dtype of q, lse [B, H, T] in fp32 (fp64)."""
+        self._side.join()
         outs, lses = zip(*(rows.result() for rows in self._parts.values()), strict=True)
         return _together(outs, self._q), lses[0] if len(lses) == 1 else torch.cat(lses, 1)
 
@@ -58,6 +65,7 @@ class Backward:
         self._kernel, self._tensors, self._causal, self._scale = kernel, tensors, causal, scale  # dout, q, out, lse
         self._group = tensors[1].size(1) // num_kv_heads
         self._dqs: dict[int, torch.Tensor] = {}
+        self._side = SideStream(tensors[1].device)
 
     def __call__(self, piece: Piece, into: Sums | None = None) -> Gradients:
         heads = _heads(piece, self._group)
@@ -78,17 +86,19 @@ class Backward:
             else:
                 if piece.first_head not in self._dqs:
                     self._dqs[piece.first_head] = new_sums(q, wide)
-                accumulate(self._dqs[piece.first_head], rows, dq)
+                self._side.add(partial(accumulate, self._dqs[piece.first_head], rows, dq), dq)
             if sums is None:
                 gradients.append((slice(*launch.columns[0]), dk, dv))
             else:
                 accumulate(sums[0], launch.columns, dk)
                 accumulate(sums[1], launch.columns, dv)
+        self._side.flush()
         return gradients if sums is None or sums is into else [(slice(None), *sums)]
 
     def dq(self) -> torch.Tensor:
         """[B, H, T, D] in the dtype of q; 0 for queries that see nothing."""
         q = self._tensors[1]
+        self._side.join()
         return _together(list(self._dqs.values()) or [torch.zeros_like(q)], q)
 
 
@@ -100,12 +110,19 @@ class _Rows:
         self._out: torch.Tensor | None = None
         self._lse: torch.Tensor | None = None
 
+    def begin(self, out: torch.Tensor, lse: torch.Tensor) -> bool:
+        """Whether this, being the first and of every row, is the result so far, in buffers of its own.
+
+        Makes the result in any case: not on the side, whose memory it would be.
+        """
+        if self._out is None and out.size(2) == self._q.size(2):
+            self._out, self._lse = out.to(accumulator_dtype(self._q.dtype)), lse.contiguous()
+            return True
+        self.result()
+        return False
+
     def add(self, shape: Shape, rows: Ranges, out: torch.Tensor, lse: torch.Tensor) -> None:
         """Fold in what a launch found. Lower triangles are the first to reach their rows (see `schedule.blocks`)."""
-        if self._out is None and out.size(2) == self._q.size(2):
-            # The first launch covers every row: its result, in buffers of its own, starts the accumulation.
-            self._out, self._lse = out.to(accumulator_dtype(self._q.dtype)), lse.contiguous()
-            return
         whole_out, whole_lse = self.result()
         if shape is not Shape.LOWER:
             # Views where the rows are one range, and then merged in place.

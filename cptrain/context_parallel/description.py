@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from cptrain.context_parallel.attention import sends_needed_only
+from cptrain.context_parallel.hops import hops_at_once
+from cptrain.context_parallel.layout import Layout
 from cptrain.context_parallel.mask import Mask
 from cptrain.context_parallel.traffic import Call, Traffic, attention_traffic
 
@@ -25,7 +27,7 @@ def summary(plan: ContextParallel) -> str:
         if plan.ring_inner_degree > 1:
             parts.append(f"inner rings of {plan.ring_inner_degree}")
         if plan.method != "all_gather":
-            parts.append(f"{plan.ring_degree - 1} hops, two key buffers")
+            parts.append(f"{plan.ring_degree - 1} hops")
     return f"{plan.method} ({', '.join(parts)})"
 
 
@@ -83,8 +85,16 @@ def _sent(plan: ContextParallel, mask: Mask, seq_len: int, call: Call) -> list[s
     lines = [f"forward sends {_messages(forward)}", f"backward sends {_messages(backward)}"]
     if plan.ring_degree > 1 and plan.method != "all_gather" and not sends_needed_only(layout, mask):
         largest = max(message.num_bytes for message in forward if message.kind == "send")
-        lines.append(f"two key buffers of {_size(largest)}")
+        lines.append(f"{_num_key_buffers(plan, layout)} key buffers of {_size(largest)}")
     return lines
+
+
+def _num_key_buffers(plan: ContextParallel, layout: Layout) -> int:
+    """Held and arriving ones, of hops computed together also in order, and of a double ring what is between groups."""
+    double = plan.ring_inner_degree > 1
+    size = plan.ring_inner_degree if double else plan.ring_degree
+    at_once = min(hops_at_once(layout, plan.mesh.device_type), size - 1)
+    return (2 if at_once == 1 else 3 * at_once) + (2 if double and size < plan.ring_degree else 0)
 
 
 def _messages(traffic: Traffic) -> str:

@@ -17,11 +17,12 @@ from cptrain.context_parallel.carrier import (
     Piece,
     accumulator_dtype,
     cached_shard_blocks,
+    collected,
     new_sums,
     unpack,
 )
 from cptrain.context_parallel.hops import Group, Hop, groups_of, hops_at_once, num_tokens
-from cptrain.context_parallel.launches import Ranges, accumulate, copy_ranges, put
+from cptrain.context_parallel.launches import Ranges, accumulate, copy_ranges
 from cptrain.context_parallel.layout import Layout
 from cptrain.context_parallel.mask import Mask
 from cptrain.distributed.transport import Messenger, group_rank, group_size
@@ -62,8 +63,9 @@ class Exchange:
             sums = torch.zeros(sum(shape.numel() for shape in shapes), dtype=wide, device=k.device)
             compute(piece, unpack(sums, *shapes))
             take_home()
-            for hop in group.hops:
-                homecoming.append((hop.outgoing, self._send_back(hop, group, sums, k, v)))
+            for hop, place in zip(group.hops, group.keys.places, strict=True):
+                message = sums if len(group.hops) == 1 else _packed(place, *unpack(sums, *shapes))
+                homecoming.append((hop.outgoing, self._send_back(hop, message, k, v)))
 
         self._visit(k, v, visit)
         take_home()
@@ -79,7 +81,7 @@ class Exchange:
             self._messenger.wait()
             if number + 1 < len(groups):
                 under_way = [self._post(hop, k, v) for hop in groups[number + 1].hops]
-            visit(Piece(*self._in_order(group, received, k, v), group.blocks), group)
+            visit(Piece(*self._in_order(group, received, k, v), group.keys.blocks), group)
 
     def _post(self, hop: Hop, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Start a hop; returns the buffer in which its keys arrive."""
@@ -94,21 +96,17 @@ class Exchange:
         self, group: Group, received: list[torch.Tensor], k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of a group of hops in the order of the sequence."""
-        shapes = _shapes(group.num_keys, k, v)
         if len(received) == 1:
-            return unpack(received[0], *shapes)
-        together = unpack(k.new_empty(sum(shape.numel() for shape in shapes)), *shapes)
-        for hop, message in zip(group.hops, received, strict=True):
-            for whole, part in zip(together, unpack(message, *_shapes(num_tokens(hop.incoming), k, v)), strict=True):
-                put(whole, hop.place, part)
-        return together
+            return unpack(received[0], *_shapes(group.keys.num_keys, k, v))
+        parts = (
+            (place, unpack(message, *_shapes(num_tokens(hop.incoming), k, v)))
+            for hop, place, message in zip(group.hops, group.keys.places, received, strict=True)
+        )
+        return collected(group.keys.num_keys, (k, v), parts)
 
-    def _send_back(self, hop: Hop, group: Group, sums: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def _send_back(self, hop: Hop, send: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Start sending the gradients of a hop's keys to their owner; returns the buffer in which own ones arrive."""
-        send = sums
-        if len(group.hops) > 1:
-            send = _packed(hop.place, *unpack(sums, *_shapes(group.num_keys, k, v)))
-        receive = sums.new_empty(_numel(hop.outgoing, k, v))
+        receive = send.new_empty(_numel(hop.outgoing, k, v))
         self._grad_messenger.post(
             send=send if send.numel() else None,
             to=hop.source,

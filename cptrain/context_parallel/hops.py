@@ -3,16 +3,17 @@
 Which keys these are follows from layout and mask alone, so every rank knows without asking.
 
 [Note: hops are computed together]
-Many ranks and small shards make many small blocks: the keys that a chunk of queries sees of its document lie on several
-ranks. On CUDA, where every block costs the host half a millisecond and its merge a pass over memory, small hops are
-computed together, their keys put in the order of the sequence: what lay side by side there does again, and a chunk
-meets all of it in one block. On CPU the copies cost more than that saves (3 to 8 %, at 2,048 tokens per rank). Messages
-are the same either way. All ranks take the same hops together, whatever these move: a rank that waited for gradients of
-few hops, from one that first waits for the keys of many, would wait for ever.
+Many ranks and small shards make many small blocks, each of which costs: on CUDA half a millisecond of the host where it
+is small, passes over memory that merge outputs and add gradients up, and what a kernel prepares anew. There, hops that
+bring few keys are computed together, their keys put in the order of the sequence: what lay side by side there does so
+again, and a chunk of queries meets all of it in one block. On CPU the copies cost more than that saves (3 to 8 %, at
+2,048 tokens per rank). Messages are the same either way. All ranks take the same hops together, whatever these move: a
+rank that waited for gradients of few hops, from one that first waits for the keys of many, would wait for ever.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -22,29 +23,36 @@ from cptrain.context_parallel.layout import Layout, Span
 from cptrain.context_parallel.mask import Mask
 from cptrain.context_parallel.schedule import Block, blocks, needed
 
-ENOUGH_KEYS = 16_384  # tokens that hops taken together may bring: more would only take memory
+ENOUGH_KEYS = 32_768  # tokens that hops taken together may bring: more would only take memory
 COPIES_ARE_DEAR = frozenset({"cpu"})  # devices on which every hop is computed by itself
 
 
-class Hop(NamedTuple):
-    """One exchange of a rank. outgoing: the ranges of own keys that go to `reader`. incoming: of keys of `source`.
+class Together(NamedTuple):
+    """Keys of several sources in the order of the sequence, and the blocks of queries here against `num_keys` of them.
 
-    place: where the incoming keys lie among those of the hop's group, which are in the order of the sequence.
+    needed: of each source the ranges of its keys that are among them. places: where these lie, in the same order.
     """
+
+    num_keys: int
+    needed: tuple[Ranges, ...]
+    places: tuple[Ranges, ...]
+    blocks: tuple[Block, ...]
+
+
+class Hop(NamedTuple):
+    """One exchange of a rank. outgoing: the ranges of own keys that go to `reader`. incoming: of keys of `source`."""
 
     reader: int
     source: int
     outgoing: Ranges
     incoming: Ranges
-    place: Ranges
 
 
 class Group(NamedTuple):
-    """Hops whose keys are computed together, and the blocks of queries here against `num_keys` of them."""
+    """Hops whose keys, of each the incoming ones, are computed together."""
 
     hops: tuple[Hop, ...]
-    num_keys: int
-    blocks: tuple[Block, ...]
+    keys: Together
 
 
 def needed_keys(layout: Layout, mask: Mask, rank: int, source: int) -> Ranges:
@@ -74,25 +82,40 @@ def groups_of(layout: Layout, mask: Mask, rank: int, at_once: int) -> tuple[Grou
     """
     size, groups = layout.num_ranks, []
     for first in range(1, size, at_once):
-        together = []
+        hops = []
         for hop in range(first, min(first + at_once, size)):
             reader, source = (rank + hop) % size, (rank - hop) % size
             outgoing, incoming = needed_keys(layout, mask, reader, rank), needed_keys(layout, mask, rank, source)
             if outgoing or incoming:
-                together.append(Hop(reader, source, outgoing, incoming, ()))
-        if together:
-            groups.append(_group(layout, mask, rank, together))
+                hops.append(Hop(reader, source, outgoing, incoming))
+        if hops:
+            groups.append(Group(tuple(hops), together(layout, mask, rank, tuple(hop.source for hop in hops))))
     return tuple(groups)
 
 
-def _group(layout: Layout, mask: Mask, rank: int, hops: list[Hop]) -> Group:
-    """These hops with their keys in the order of the sequence."""
+def batches(hops: Sequence[int], at_once: int) -> list[Sequence[int]]:
+    """Hops of a ring that are computed together: one, then up to twice as many as before, and at most so many.
+
+    Keys of a batch are on their way while the one before is computed, so a batch may not be much larger.
+    """
+    found: list[Sequence[int]] = []
+    size, first = 1, 0
+    while first < len(hops):
+        found.append(hops[first : first + size])
+        first, size = first + size, min(2 * size, at_once)
+    return found
+
+
+@lru_cache(maxsize=1024)
+def together(layout: Layout, mask: Mask, rank: int, sources: tuple[int, ...]) -> Together:
+    """The keys of these sources that queries of `rank` see."""
+    needed = tuple(needed_keys(layout, mask, rank, source) for source in sources)
     parts = sorted(
         (span.start, number, span.length)
-        for number, hop in enumerate(hops)
-        for span in _cut(layout.spans(hop.source), hop.incoming)
+        for number, (source, ranges) in enumerate(zip(sources, needed, strict=True))
+        for span in _cut(layout.spans(source), ranges)
     )
-    places: list[list[tuple[int, int]]] = [[] for _ in hops]
+    places: list[list[tuple[int, int]]] = [[] for _ in sources]
     spans: list[Span] = []
     before = 0
     for start, number, length in parts:
@@ -102,8 +125,8 @@ def _group(layout: Layout, mask: Mask, rank: int, hops: list[Hop]) -> Group:
         else:
             spans.append(Span(before, start, length))
         before += length
-    placed = tuple(hop._replace(place=join(tuple(place))) for hop, place in zip(hops, places, strict=True))
-    return Group(placed, before, blocks(layout.spans(rank), spans, mask) if spans else ())
+    found = blocks(layout.spans(rank), spans, mask) if spans else ()
+    return Together(before, needed, tuple(join(tuple(place)) for place in places), found)
 
 
 def _cut(spans: list[Span], ranges: Ranges) -> list[Span]:

@@ -9,7 +9,13 @@ Gradients have a communicator of their own, so that they never queue behind keys
 
 [Note: two buffers]
 Keys and values of one hop are one flat message. While a block is computed from one buffer the next hop is received into
-the other: memory is O(S/N) for any number of ranks.
+the other: memory is O(S/N) for any number of ranks. Where hops are computed together (see the note in `hops`), so many
+messages take the place of each: all hops of the next batch are on their way while one is computed, each sending on what
+the one before it receives.
+
+[Note: sums on the side]
+A gradient that arrives is added to and sent on, once per hop, also where several hops are computed together. On CUDA
+that chain has a stream of its own (see [Note: on the side]): blocks need not wait for each of its messages.
 
 [Note: double ring]
 N ranks are R groups of w neighbours. Keys go round inside a group (w hops on its fast link) while the keys that the
@@ -21,21 +27,29 @@ Source: LoongTrain, arXiv:2406.18485.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import zip_longest
 
 import torch
 
 from cptrain.context_parallel.carrier import (
     Computes,
+    Gradients,
     Piece,
+    Sums,
     accumulator_dtype,
     add,
     cached_shard_blocks,
+    collected,
+    new_sums,
     pack,
     unpack,
 )
+from cptrain.context_parallel.hops import batches, hops_at_once, together
+from cptrain.context_parallel.launches import accumulate, take
 from cptrain.context_parallel.layout import Layout
 from cptrain.context_parallel.mask import Mask
+from cptrain.distributed.side_stream import SideStream
 from cptrain.distributed.transport import Messenger, group_rank, group_size
 
 
@@ -59,15 +73,15 @@ class _Axis:
 class _Buffers:
     """Flat messages of one size and dtype, made when first needed and used again when given back."""
 
-    def __init__(self, like: torch.Tensor) -> None:
+    def __init__(self, like: torch.Tensor, *, made: int = 0) -> None:
         self._like = like
-        self._free: list[torch.Tensor] = []
+        self._free = [torch.empty_like(like) for _ in range(made)]
 
     def take(self) -> torch.Tensor:
         return self._free.pop() if self._free else torch.empty_like(self._like)
 
-    def give_back(self, buffer: torch.Tensor) -> None:
-        self._free.append(buffer)
+    def give_back(self, *buffers: torch.Tensor) -> None:
+        self._free += buffers
 
 
 class Ring:
@@ -96,53 +110,90 @@ class Ring:
         )
         self._rank = self._outer.rank * self._inner.size + self._inner.rank
 
-    def _piece(self, revolution: int, hop: int, k: torch.Tensor, v: torch.Tensor, held: torch.Tensor) -> Piece:
-        """Whatever is held at this hop: the keys that set out `revolution` groups and `hop` ranks before this one."""
-        group = (self._outer.rank - revolution) % self._outer.size
-        source = group * self._inner.size + (self._inner.rank - hop) % self._inner.size
-        found = cached_shard_blocks(self._layout, self._mask, self._rank, source)
-        keys, values = (k, v) if source == self._rank else unpack(held, k.shape, v.shape)
-        return Piece(keys, values, found)
+    def _sources(self, revolution: int, hops: Sequence[int]) -> tuple[int, ...]:
+        """Whose keys are held at these hops: they set out `revolution` groups and a hop's ranks before this one."""
+        first = (self._outer.rank - revolution) % self._outer.size * self._inner.size
+        return tuple(first + (self._inner.rank - hop) % self._inner.size for hop in hops)
+
+    def _piece(self, sources: tuple[int, ...], k: torch.Tensor, v: torch.Tensor, held: Sequence[torch.Tensor]) -> Piece:
+        """What is held, a message from each source."""
+        if sources == (self._rank,):
+            return Piece(k, v, cached_shard_blocks(self._layout, self._mask, self._rank, self._rank))
+        parts = [unpack(message, k.shape, v.shape) for message in held]
+        if len(sources) == 1:
+            return Piece(*parts[0], cached_shard_blocks(self._layout, self._mask, self._rank, *sources))
+        found = together(self._layout, self._mask, self._rank, sources)
+        seen = (
+            (place, (take(keys, needed), take(values, needed)))
+            for place, needed, (keys, values) in zip(found.places, found.needed, parts, strict=True)
+            if needed
+        )
+        return Piece(*collected(found.num_keys, (k, v), seen), found.blocks)
+
+    def _whole(self, sources: tuple[int, ...], gradients: Gradients, piece: Piece) -> Gradients:
+        """The same; of several sources as one for all keys of the piece."""
+        if len(sources) == 1 or (len(gradients) == 1 and gradients[0][1].size(2) == piece.keys.size(2)):
+            return gradients
+        wide = accumulator_dtype(piece.keys.dtype)
+        sums = new_sums(piece.keys, wide), new_sums(piece.values, wide)
+        add(sums, gradients)
+        return [(slice(None), *sums)]
+
+    def _add(self, total: Sums, sources: tuple[int, ...], number: int, gradients: Gradients) -> None:
+        """Add what the gradients of the keys of these sources hold for one of them."""
+        if len(sources) == 1:
+            add(total, gradients)
+            return
+        found = together(self._layout, self._mask, self._rank, sources)
+        needed, place = found.needed[number], found.places[number]
+        for _, *both in gradients if needed else ():
+            for whole, part in zip(total, both, strict=True):
+                accumulate(whole, needed, take(part, place))
+
+    def _pass_on(self, held: torch.Tensor, count: int, buffers: _Buffers, *, step: int) -> list[torch.Tensor]:
+        """Start so many hops, of which each sends on what the one before receives; returns what they receive."""
+        arriving: list[torch.Tensor] = []
+        for _ in range(count):
+            arriving.append(buffers.take())
+            self._inner.post(arriving[-2] if len(arriving) > 1 else held, arriving[-1], step=step)
+        return arriving
 
     def forward(self, k: torch.Tensor, v: torch.Tensor, compute: Callable[[Piece], None]) -> torch.Tensor:
         start = pack(k, v)
         buffers = _Buffers(start)
-        held = start
+        held = [start]
+        hops = batches(range(self._inner.size), hops_at_once(self._layout, k.device.type))
         for revolution in range(self._outer.size):
             goes_on = revolution < self._outer.size - 1
             following = start
             if goes_on:
                 following = buffers.take()
                 self._outer.post(start, following, step=1)
-            for hop in range(self._inner.size):
-                moves = hop < self._inner.size - 1
-                spare = held
-                if moves:
-                    spare = buffers.take()
-                    self._inner.post(held, spare, step=1)
-                compute(self._piece(revolution, hop, k, v, held))
-                if moves:
-                    self._inner.wait()
+            for batch, after in zip_longest(hops, hops[1:], fillvalue=()):
+                arriving = self._pass_on(held[-1], len(after), buffers, step=1)
+                compute(self._piece(self._sources(revolution, batch), k, v, held))
+                self._inner.wait()
+                if arriving:
                     # The start of a revolution is still being sent to the next group.
-                    if not (goes_on and held is start):
-                        buffers.give_back(held)
-                    held = spare
+                    buffers.give_back(*(buffer for buffer in held if not (goes_on and buffer is start)))
+                    held = arriving
             if goes_on:
                 self._outer.wait()
-                buffers.give_back(start)
-                if held is not start:
-                    buffers.give_back(held)
-                start = held = following
-        return held
+                buffers.give_back(start, *(buffer for buffer in held if buffer is not start))
+                start, held = following, [following]
+        return held[-1]
 
     def backward(
         self, k: torch.Tensor, v: torch.Tensor, kept: torch.Tensor, compute: Computes
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        start = held = kept
+        start, held = kept, [kept]
         buffers = _Buffers(kept)
         grad = torch.zeros(kept.shape, dtype=accumulator_dtype(k.dtype), device=k.device)
-        grad_buffers = _Buffers(grad)
-        leaving = arriving = None  # gradients between groups: due at the end of the revolution after their start
+        # Made here and not on the side: memory belongs to the stream on which it was made.
+        grad_buffers = _Buffers(grad, made=(self._inner.size > 1) + 2 * (self._outer.size > 1))
+        side = SideStream(k.device)
+        at_once = hops_at_once(self._layout, k.device.type)
+        leaving = arrives = None  # gradients between groups: due at the end of the revolution after their start
         for revolution in reversed(range(self._outer.size)):
             # The rank's own keys come last and are here already: they need not travel to get home.
             goes_on = revolution > (1 if self._inner.size == 1 else 0)
@@ -151,39 +202,40 @@ class Ring:
                 following = buffers.take()
                 self._outer.post(start, following, step=-1)
             incoming: torch.Tensor | None = None  # gradients that travel inside the group, beside their keys
-            for hop in reversed(range(self._inner.size)):
-                moves = hop > (1 if revolution == 0 else 0)
-                spare = held
-                if moves:
-                    spare = buffers.take()
-                    self._inner.post(held, spare, step=-1)
-                gradients = compute(self._piece(revolution, hop, k, v, held))
-                if incoming is not None:
-                    # What the previous holders summed for these keys; it travelled while the blocks ran.
-                    self._inner_grad.wait()
-                    grad_buffers.give_back(grad)
-                    grad = incoming
-                add(unpack(grad, k.shape, v.shape), gradients)
-                if hop > 0:
-                    incoming = grad_buffers.take()
-                    self._inner_grad.post(grad, incoming, step=-1)
-                if moves:
-                    self._inner.wait()
-                    if not (goes_on and held is start) and held is not kept:
-                        buffers.give_back(held)
-                    held = spare
-            if arriving is not None and leaving is not None:
-                self._outer_grad.wait()
-                grad.add_(arriving)
-                grad_buffers.give_back(arriving)
-                grad_buffers.give_back(leaving)
-            if revolution > 0:
-                leaving, arriving = grad, grad_buffers.take()
-                self._outer_grad.post(leaving, arriving, step=-1)
-                grad = grad_buffers.take().zero_()
+            travelling = range(self._inner.size - 1, 0 if revolution == 0 else -1, -1)
+            hops = [*batches(travelling, at_once), *([range(1)] if revolution == 0 else [])]
+            for batch, after in zip_longest(hops, hops[1:], fillvalue=()):
+                arriving = self._pass_on(held[-1], sum(bool(hop or revolution) for hop in after), buffers, step=-1)
+                sources = self._sources(revolution, batch)
+                piece = self._piece(sources, k, v, held)
+                gradients = self._whole(sources, compute(piece), piece)
+                with side.after(*(x for _, *both in gradients for x in both)):
+                    for number, hop in enumerate(batch):
+                        if incoming is not None:
+                            # What the previous holders summed for these keys; it travelled while the blocks ran.
+                            self._inner_grad.wait()
+                            grad_buffers.give_back(grad)
+                            grad = incoming
+                        self._add(unpack(grad, k.shape, v.shape), sources, number, gradients)
+                        if hop > 0:
+                            incoming = grad_buffers.take()
+                            self._inner_grad.post(grad, incoming, step=-1)
+                self._inner.wait()
+                if arriving:
+                    buffers.give_back(*(b for b in held if not (goes_on and b is start) and b is not kept))
+                    held = arriving
+            with side.after():
+                if arrives is not None and leaving is not None:
+                    self._outer_grad.wait()
+                    grad.add_(arrives)
+                    grad_buffers.give_back(arrives, leaving)
+                if revolution > 0:
+                    leaving, arrives = grad, grad_buffers.take()
+                    self._outer_grad.post(leaving, arrives, step=-1)
+                    grad = grad_buffers.take().zero_()
             if goes_on:
                 self._outer.wait()
-                for buffer in {id(b): b for b in (start, held) if b is not kept}.values():
-                    buffers.give_back(buffer)
-                start = held = following
+                buffers.give_back(*{id(b): b for b in (start, *held) if b is not kept}.values())
+                start, held = following, [following]
+        side.join()
         return unpack(grad, k.shape, v.shape)

@@ -81,8 +81,11 @@ class Messenger:
     def post(self, *, send: torch.Tensor | None, to: int, receive: torch.Tensor | None, source: int) -> None:
         """Start a message to rank `to` of the group and one from rank `source`; None sends or receives nothing.
 
-        Neither contiguous tensor may be written before `wait`.
+        Neither contiguous tensor may be written before `wait`. What a message in flight receives may be sent on.
         """
+        if send is not None and not send.is_cuda and any(send is held for held in self._held):
+            # NCCL takes the messages of one communicator in order, on one stream; gloo would send what is not there.
+            self.wait()
         operations = []
         # P2P peers are global ranks, also when the group is not the world.
         if send is not None:
