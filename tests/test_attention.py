@@ -40,6 +40,7 @@ PLANS: dict[int, dict[str, dict[str, Any]]] = {
         "double ring 2 x 2 without overlap": {"ring": 4, "ring_inner_degree": 2, "overlap": False},
         "all-gather without overlap": {"ring": 4, "method": "all_gather", "overlap": False},
     },
+    6: {"double ring 2 x 3": {"ring": 6, "ring_inner_degree": 3}},
     8: {
         "ring": {"ring": 8},
         "ulysses": {"ulysses": 8},
@@ -139,10 +140,11 @@ def test_attention_equals_one_process_in_fp64(pool, world, name):
     pool.run(world, check_every_case, PLANS[world][name])
 
 
-def check_hops_together(rank: int, world: int, options: dict[str, Any], tokens: int) -> None:
-    with mock.patch.object(hops, "COPIES_ARE_DEAR", frozenset()), mock.patch.object(hops, "ENOUGH_KEYS", tokens):
-        assert hops.hops_at_once(make_layout("zigzag", world, 12 * world), "cpu") == tokens // 12
-        check_every_case(rank, world, options)
+def check_hops_together(rank: int, world: int, options: dict[str, Any], at_once: int, device: str = "cpu") -> None:
+    limits = {"COPIES_ARE_DEAR": frozenset(), "ENOUGH_KEYS": 12 * at_once, "ENOUGH_KEYS_NEAR": 12 * at_once}
+    with mock.patch.multiple(hops, **limits):
+        assert hops.ring_hops_at_once(make_layout("zigzag", world, 12 * world), device, near=True) == at_once
+        check_every_case(rank, world, options, device)
 
 
 @pytest.mark.parametrize(
@@ -150,14 +152,14 @@ def check_hops_together(rank: int, world: int, options: dict[str, Any], tokens: 
     [
         (3, "ring", 2),
         (4, "ring", 2),
-        (4, "double ring 2 x 2", 3),
+        (6, "double ring 2 x 3", 3),
         (8, "ring", 3),
         (8, "ring", 100),
         (8, "double ring, inner 4", 2),
     ],
 )
 def test_attention_is_the_same_where_hops_are_computed_together(pool, world, name, at_once):
-    pool.run(world, check_hops_together, PLANS[world][name], 12 * at_once)
+    pool.run(world, check_hops_together, PLANS[world][name], at_once)
 
 
 def bf16_errors(

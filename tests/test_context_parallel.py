@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from tolerance import assert_matches
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from cptrain.context_parallel import ContextParallel
+from cptrain.context_parallel import ContextParallel, hops
+from cptrain.context_parallel import ring as ring_carrier
 from cptrain.context_parallel.ulysses import replicate_kv_heads
 from cptrain.distributed.transport import recorded_messages
 
@@ -286,3 +288,29 @@ def test_plan_describes_its_modules_messages_and_buffers(pool):
     gathered = texts["all_gather"].splitlines()
     assert gathered[2] == "  forward sends 2 x 768 KiB (all_gather)"
     assert gathered[3] == "  backward sends 2 x 768 KiB (all_gather), 2 x 1.5 MiB (reduce_scatter)"
+
+
+def batched(rank: int, world: int, hosts: str) -> list[tuple[str, int]]:
+    """Of a ring and a double ring, where copies are cheap: what is said of buffers, and the batches put in order."""
+    found = []
+    for inner in (1, 2):
+        with (
+            mock.patch("socket.gethostname", return_value=hosts[rank]),
+            mock.patch.object(hops, "COPIES_ARE_DEAR", frozenset()),
+            mock.patch.object(ring_carrier, "collected", wraps=ring_carrier.collected) as collected,
+        ):
+            mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("ring",))
+            cp = ContextParallel(mesh, ulysses=None, ring_inner_degree=inner)
+            inputs = qkv(4, 4, 12 * world)
+            out = cp.attention(*(cp.shard(x, dim=2) for x in inputs[:3]), is_causal=True)
+            assert_matches(cp.unshard(out, dim=2), one_process(*inputs)[0])
+            text = cp.describe(12 * world, num_heads=4, num_kv_heads=4, head_dim=64, dtype=torch.float32)
+            found.append((text.splitlines()[-1].split(" of ")[0].strip(), collected.call_count))
+    return found
+
+
+def test_plan_computes_hops_together_where_all_ranks_of_a_ring_are_on_one_host(pool):
+    # batches of 1, 2 and 1 hops: three held and arriving, two in order; a double ring of two has none of several
+    assert pool.run(4, batched, "aaaa") == [[("5 key buffers", 1), ("4 key buffers", 0)]] * 4
+    for names in ("aaab", "abab"):
+        assert pool.run(4, batched, names) == [[("2 key buffers", 0), ("4 key buffers", 0)]] * 4

@@ -247,8 +247,10 @@ def test_cuda_side_stream_holds_what_it_reads_and_no_more():
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     for number in range(rounds):
-        x = torch.full((size,), float(number), device="cuda")
-        with side.after(x):
+        x = torch.full((size,), 1e6, device="cuda")
+        torch.cuda._sleep(4_000_000)
+        x.fill_(float(number))
+        with side.after(x):  # which is not there yet, and is read late
             torch.cuda._sleep(2_000_000)
             total.add_(x)
         del x
@@ -270,6 +272,12 @@ def on_device(pool, world: int, function: Any, *args: Any, **options: Any) -> li
 )
 def test_cuda_attention_equals_one_process_in_fp64(pool, world, name):
     on_device(pool, world, test_attention.check_every_case, test_attention.PLANS[world][name])
+
+
+@pytest.mark.parametrize(("world", "name", "at_once"), [(4, "ring", 1), (4, "double ring 2 x 2", 1), (8, "ring", 3)])
+def test_cuda_attention_is_the_same_with_fewer_hops_together(pool, world, name, at_once):
+    options = test_attention.PLANS[world][name]
+    on_device(pool, world, test_attention.check_hops_together, options, at_once)
 
 
 @pytest.mark.parametrize("kernel", ["cuda flash", "cudnn", "efficient"])

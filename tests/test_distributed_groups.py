@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from datetime import timedelta
+from unittest import mock
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from cptrain.distributed.transport import (
     all_to_all,
     group_rank,
     group_size,
+    on_one_host,
     recorded_messages,
 )
 
@@ -145,6 +147,33 @@ def test_distributed_messages_go_one_rank_on_or_back_in_groups_that_are_not_the_
         assert found["all"] == [before, before, after, after]
         assert found["half"] == [other] * 4
         assert found["one way"] == [0 if rank == 1 else -1]
+
+
+def passed_on(rank: int, world: int) -> list[int]:
+    """What arrives over three hops that are all under way at once, each sending on what the one before receives."""
+    messenger = Messenger(dist.new_group(list(range(world))).group_name)
+    held = [torch.full((4,), rank), *(torch.full((4,), -1) for _ in range(3))]
+    for send, receive in itertools.pairwise(held):
+        messenger.post(send=send, to=(rank + 1) % world, receive=receive, source=(rank - 1) % world)
+    messenger.wait()
+    return [int(x[0]) for x in held[1:]]
+
+
+def test_distributed_messages_may_send_on_what_is_still_under_way(pool):
+    for rank, found in enumerate(pool.run(4, passed_on)):
+        assert found == [(rank - hop) % 4 for hop in (1, 2, 3)]
+
+
+def hosts(rank: int, world: int, names: list[str]) -> bool:
+    with mock.patch("socket.gethostname", lambda: names[rank]):
+        return on_one_host(dist.new_group(list(range(world))), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("names", "one"), [(["a", "a", "a"], True), (["a", "a", "b"], False), (["b", "a", "a"], False)]
+)
+def test_distributed_ranks_know_whether_they_are_on_one_host(pool, names, one):
+    assert pool.run(3, hosts, names) == [one] * 3
 
 
 def collect(rank: int, world: int) -> tuple[list, list, list, list[Message]]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cptrain.context_parallel import hops
-from cptrain.context_parallel.launches import put, take
+from cptrain.context_parallel.launches import matched, put, take
 from cptrain.context_parallel.layout import Layout, Span, contiguous, zigzag
 from cptrain.context_parallel.mask import CAUSAL, FULL, Documents, Mask
 from cptrain.context_parallel.schedule import Block, Shape, shard_blocks, whole_blocks
@@ -130,10 +130,13 @@ def test_schedule_of_exchanged_keys_computes_each_visible_pair_once(name, mask, 
 
 
 def test_schedule_takes_small_hops_together_where_copies_are_cheap():
-    assert hops.hops_at_once(zigzag(8, 8 * 8192), "cuda") == 4
-    assert hops.hops_at_once(zigzag(8, 8 * 32_768), "cuda") == 1
+    assert hops.hops_at_once(zigzag(8, 8 * 2048), "cuda") == 8
     assert hops.hops_at_once(zigzag(8, 8 * 65_536), "cuda") == 1
     assert hops.hops_at_once(zigzag(8, 8 * 2048), "cpu") == 1
+    assert hops.ring_hops_at_once(zigzag(8, 8 * 8192), "cuda", near=True) == 4
+    assert hops.ring_hops_at_once(zigzag(8, 8 * 65_536), "cuda", near=True) == 1
+    assert hops.ring_hops_at_once(zigzag(8, 8 * 8192), "cuda", near=False) == 1
+    assert hops.ring_hops_at_once(zigzag(8, 8 * 8192), "cpu", near=True) == 1
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 8, 15])
@@ -146,6 +149,21 @@ def test_schedule_of_a_ring_takes_hops_together_in_rising_batches(count, at_once
     assert all(after <= 2 * before for before, after in pairwise(sizes))
     # no smaller than that allows, but for the last
     assert all(after == min(2 * before, at_once) for before, after in pairwise(sizes[:-1]))
+
+
+def test_schedule_matches_ranges_of_equal_size():
+    def numbers(ranges):
+        return [number for start, stop in ranges for number in range(start, stop)]
+
+    for first, second in (
+        (((0, 4),), ((10, 12), (20, 22))),
+        (((0, 1), (5, 9)), ((3, 6), (8, 10))),
+        (((2, 4), (6, 8)), ((0, 2), (5, 7))),
+        ((), ()),
+    ):
+        pairs = matched(first, second)
+        found = [numbers([(part.start, part.stop) for part in side]) for side in zip(*pairs, strict=True)] or [[], []]
+        assert found == [numbers(first), numbers(second)]
 
 
 def work(layout: Layout, rank: int, mask: Mask = CAUSAL) -> int:

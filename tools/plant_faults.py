@@ -61,19 +61,17 @@ FAULTS = (
         "dropped-hop",
         "the last hop of a ring is received and not computed",
         "ring.py",
-        "                compute(self._piece(revolution, hop, k, v, held))\n                if moves:\n"
-        "                    self._inner.wait()\n                    # The start",
-        "                if moves:\n                    compute(self._piece(revolution, hop, k, v, held))\n"
-        "                    self._inner.wait()\n                    # The start",
+        "                compute(self._piece(self._sources(revolution, batch), k, v, held))",
+        "                if arriving:\n"
+        "                    compute(self._piece(self._sources(revolution, batch), k, v, held))",
     ),
     Fault(
         "stale-keys",
         "backward goes on with the keys it has instead of those it received",
         "ring.py",
-        "                    if not (goes_on and held is start) and held is not kept:\n"
-        "                        buffers.give_back(held)\n                    held = spare",
-        "                    if not (goes_on and held is start) and held is not kept:\n"
-        "                        buffers.give_back(spare)",
+        "buffers.give_back(*(b for b in held if not (goes_on and b is start) and b is not kept))\n"
+        "                    held = arriving",
+        "buffers.give_back(*arriving)",
     ),
     Fault(
         "wrong-group",
@@ -185,8 +183,8 @@ FAULTS = (
         "shuffled-hops",
         "keys of hops that are computed together lie in the order of the hops, not of the sequence",
         "exchange.py",
-        "put(whole, hop.place, part)",
-        "put(whole, hop.place[::-1], part)",
+        "(place, unpack(message,",
+        "(place[::-1], unpack(message,",
     ),
     Fault(
         "overlapping-rows",

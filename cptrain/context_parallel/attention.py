@@ -79,6 +79,7 @@ class Route:
             outer=groups.outer,
             inner_grad=groups.inner_grad,
             outer_grad=groups.outer_grad,
+            near=bool(groups.near),
             overlap=self.overlap,
         )
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from cptrain.context_parallel.attention import sends_needed_only
-from cptrain.context_parallel.hops import hops_at_once
+from cptrain.context_parallel.hops import batches, ring_hops_at_once
 from cptrain.context_parallel.layout import Layout
 from cptrain.context_parallel.mask import Mask
 from cptrain.context_parallel.traffic import Call, Traffic, attention_traffic
@@ -90,11 +91,13 @@ def _sent(plan: ContextParallel, mask: Mask, seq_len: int, call: Call) -> list[s
 
 
 def _num_key_buffers(plan: ContextParallel, layout: Layout) -> int:
-    """Held and arriving ones, of hops computed together also in order, and of a double ring what is between groups."""
-    double = plan.ring_inner_degree > 1
+    """At most: held and arriving ones, copies of hops computed together, of a double ring what leaves and comes."""
+    double = 1 < plan.ring_inner_degree < plan.ring_degree
     size = plan.ring_inner_degree if double else plan.ring_degree
-    at_once = min(hops_at_once(layout, plan.mesh.device_type), size - 1)
-    return (2 if at_once == 1 else 3 * at_once) + (2 if double and size < plan.ring_degree else 0)
+    at_once = ring_hops_at_once(layout, plan.mesh.device_type, near=bool(plan._groups.near))
+    sizes = [len(batch) for batch in batches(range(size), at_once)]
+    copies = max(sizes) if max(sizes) > 1 else 0
+    return max(sum(pair) for pair in pairwise(sizes)) + copies + (2 if double else 0)
 
 
 def _messages(traffic: Traffic) -> str:

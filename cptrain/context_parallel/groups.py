@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from cptrain.distributed.transport import check_same_groups, warm_up
+from cptrain.distributed.transport import check_same_groups, on_one_host, resolve, warm_up
 
 
 class Groups(NamedTuple):
@@ -23,6 +23,7 @@ class Groups(NamedTuple):
     inner_grad: str = ""
     outer: str = ""
     outer_grad: str = ""
+    near: str = ""  # "near" if all ranks of `inner` are on one host
 
 
 def make_groups(ring: dist.ProcessGroup, inner_degree: int, device: torch.device) -> Groups:
@@ -42,15 +43,21 @@ def make_groups(ring: dist.ProcessGroup, inner_degree: int, device: torch.device
     check_same_groups(ring, device)
     ring_name, ring_grad = ring.group_name, _new_group(ranks, device)
     if inner == ranks:
-        return Groups(ring_name, ring_grad, inner=ring_name, inner_grad=ring_grad)
+        return Groups(ring_name, ring_grad, inner=ring_name, inner_grad=ring_grad, near=_near(ring_name, device))
+    inner_name = _new_group(inner, device)
     return Groups(
         ring_name,
         ring_grad,
-        inner=_new_group(inner, device),
+        inner=inner_name,
         inner_grad=_new_group(inner, device),
         outer=_new_group(outer, device),
         outer_grad=_new_group(outer, device),
+        near=_near(inner_name, device),
     )
+
+
+def _near(group: str, device: torch.device) -> str:
+    return "near" if on_one_host(resolve(group), device) else ""
 
 
 def _new_group(ranks: list[int], device: torch.device) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -112,6 +113,21 @@ def accumulate(x: torch.Tensor, ranges: Ranges, values: torch.Tensor) -> None:
         return
     stored, dim = _stored(x)
     stored.index_add_(dim, _index(ranges, x.device), (values if dim == 2 else values.transpose(1, 2)).to(x.dtype))
+
+
+@lru_cache(maxsize=4096)
+def matched(first: Ranges, second: Ranges) -> tuple[tuple[slice, slice], ...]:
+    """What of the first ranges is what of the second, which hold as many numbers, one range behind the other."""
+    cuts = sorted({stop for ranges in (first, second) for _, here in _cuts(ranges) for stop in (here.start, here.stop)})
+    pairs = []
+    for begin, end in pairwise(cuts):
+        parts = []
+        for ranges in (first, second):
+            for (start, _), here in _cuts(ranges):
+                if here.start <= begin < here.stop:
+                    parts.append(slice(start + begin - here.start, start + end - here.start))
+        pairs.append((parts[0], parts[1]))
+    return tuple(pairs)
 
 
 @lru_cache(maxsize=4096)

@@ -11,7 +11,7 @@ Gradients have a communicator of their own, so that they never queue behind keys
 Keys and values of one hop are one flat message. While a block is computed from one buffer the next hop is received into
 the other: memory is O(S/N) for any number of ranks. Where hops are computed together (see the note in `hops`), so many
 messages take the place of each: all hops of the next batch are on their way while one is computed, each sending on what
-the one before it receives.
+the one before it receives. What is needed of them is copied into the order of the sequence.
 
 [Note: sums on the side]
 A gradient that arrives is added to and sent on, once per hop, also where several hops are computed together. On CUDA
@@ -45,8 +45,8 @@ from cptrain.context_parallel.carrier import (
     pack,
     unpack,
 )
-from cptrain.context_parallel.hops import batches, hops_at_once, together
-from cptrain.context_parallel.launches import accumulate, take
+from cptrain.context_parallel.hops import batches, ring_hops_at_once, together
+from cptrain.context_parallel.launches import matched, take
 from cptrain.context_parallel.layout import Layout
 from cptrain.context_parallel.mask import Mask
 from cptrain.distributed.side_stream import SideStream
@@ -88,7 +88,7 @@ class Ring:
     """Carries keys round `inner`, and from group to group round `outer` (names of groups; "" for a ring of one).
 
     Rank o * w + p of the layout is rank p of its inner ring and rank o of its outer ring. The grad groups have the same
-    ranks as theirs, and another communicator.
+    ranks as theirs, and another communicator. near: whether the ranks of the inner ring are on one host.
     """
 
     def __init__(
@@ -100,9 +100,10 @@ class Ring:
         outer: str,
         inner_grad: str,
         outer_grad: str,
+        near: bool,
         overlap: bool,
     ) -> None:
-        self._layout, self._mask = layout, mask
+        self._layout, self._mask, self._near = layout, mask, near
         self._inner, self._outer = _Axis(inner, overlap=overlap), _Axis(outer, overlap=overlap)
         self._inner_grad, self._outer_grad = (
             _Axis(inner_grad, overlap=overlap),
@@ -146,9 +147,10 @@ class Ring:
             return
         found = together(self._layout, self._mask, self._rank, sources)
         needed, place = found.needed[number], found.places[number]
-        for _, *both in gradients if needed else ():
+        for _, *both in gradients:
             for whole, part in zip(total, both, strict=True):
-                accumulate(whole, needed, take(part, place))
+                for ours, theirs in matched(needed, place):
+                    whole[:, :, ours] += part[:, :, theirs]
 
     def _pass_on(self, held: torch.Tensor, count: int, buffers: _Buffers, *, step: int) -> list[torch.Tensor]:
         """Start so many hops, of which each sends on what the one before receives; returns what they receive."""
@@ -162,7 +164,7 @@ class Ring:
         start = pack(k, v)
         buffers = _Buffers(start)
         held = [start]
-        hops = batches(range(self._inner.size), hops_at_once(self._layout, k.device.type))
+        hops = batches(range(self._inner.size), ring_hops_at_once(self._layout, k.device.type, near=self._near))
         for revolution in range(self._outer.size):
             goes_on = revolution < self._outer.size - 1
             following = start
@@ -192,7 +194,7 @@ class Ring:
         # Made here and not on the side: memory belongs to the stream on which it was made.
         grad_buffers = _Buffers(grad, made=(self._inner.size > 1) + 2 * (self._outer.size > 1))
         side = SideStream(k.device)
-        at_once = hops_at_once(self._layout, k.device.type)
+        at_once = ring_hops_at_once(self._layout, k.device.type, near=self._near)
         leaving = arrives = None  # gradients between groups: due at the end of the revolution after their start
         for revolution in reversed(range(self._outer.size)):
             # The rank's own keys come last and are here already: they need not travel to get home.
@@ -212,7 +214,7 @@ class Ring:
                 with side.after(*(x for _, *both in gradients for x in both)):
                     for number, hop in enumerate(batch):
                         if incoming is not None:
-                            # What the previous holders summed for these keys; it travelled while the blocks ran.
+                            # What the previous holders summed for these keys; it travelled while blocks ran.
                             self._inner_grad.wait()
                             grad_buffers.give_back(grad)
                             grad = incoming
@@ -220,6 +222,7 @@ class Ring:
                         if hop > 0:
                             incoming = grad_buffers.take()
                             self._inner_grad.post(grad, incoming, step=-1)
+                del piece, gradients  # before the next are made
                 self._inner.wait()
                 if arriving:
                     buffers.give_back(*(b for b in held if not (goes_on and b is start) and b is not kept))

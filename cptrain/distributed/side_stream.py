@@ -40,11 +40,15 @@ class SideStream:
             return
         caller = torch.cuda.current_stream(self._stream.device)
         if len(self._running) == MOST_BEHIND:
-            caller.wait_event(self._running.popleft()[0])
+            done, read = self._running.popleft()
+            caller.wait_event(done)
+            del read  # not before the caller's stream waits
         self._stream.wait_stream(caller)
-        with torch.cuda.stream(self._stream):
-            yield
-        self._running.append((self._stream.record_event(), tensors))
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            self._running.append((self._stream.record_event(), tensors))
 
     def add(self, work: Callable[[], None], *tensors: torch.Tensor) -> None:
         """Have this done, soon: it may read these tensors."""

@@ -5,6 +5,8 @@ Groups are passed by name, as torch's functional collectives do, so that a custo
 
 from __future__ import annotations
 
+import socket
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -83,8 +85,7 @@ class Messenger:
 
         Neither contiguous tensor may be written before `wait`. What a message in flight receives may be sent on.
         """
-        if send is not None and not send.is_cuda and any(send is held for held in self._held):
-            # NCCL takes the messages of one communicator in order, on one stream; gloo would send what is not there.
+        if send is not None and any(send is held for held in self._held) and not _in_order(send):
             self.wait()
         operations = []
         # P2P peers are global ranks, also when the group is not the world.
@@ -107,6 +108,14 @@ class Messenger:
             work.wait()
         self._works = []
         self._held = []
+
+
+def _in_order(send: torch.Tensor) -> bool:
+    """Whether a communicator ends one pair of messages before the next begins: NCCL does, on its one stream.
+
+    gloo would send what has not come yet, and so might what torch's debug level DETAIL wraps around NCCL.
+    """
+    return send.is_cuda and dist.get_debug_level() != dist.DebugLevel.DETAIL
 
 
 class Gathering:
@@ -156,6 +165,14 @@ def check_same_groups(group: dist.ProcessGroup, device: torch.device) -> None:
             f"ranks {dist.get_process_group_ranks(group)} belong to between {fewest} and {most} process groups, and "
             "would not agree on the name of the next one; make this plan before groups of some of its ranks"
         )
+
+
+def on_one_host(group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Whether all ranks of the group run on one host, by its name. Collective."""
+    name = zlib.crc32(socket.gethostname().encode())
+    bounds = torch.tensor([name, -name], device=device)
+    dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=group)
+    return int(bounds[0]) == -int(bounds[1])
 
 
 def warm_up(group: dist.ProcessGroup, device: torch.device) -> None:
