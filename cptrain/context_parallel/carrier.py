@@ -101,13 +101,19 @@ def unpack(message: torch.Tensor, k_shape: torch.Size, v_shape: torch.Size) -> t
     return _as_heads(message[:num_k], k_shape), _as_heads(message[num_k:], v_shape)
 
 
+def key_shapes(length: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Size, torch.Size]:
+    """Of k and v with so many tokens."""
+    first, second = (torch.Size((x.size(0), x.size(1), length, x.size(3))) for x in (k, v))
+    return first, second
+
+
 def collected(
     num_keys: int,
     like: tuple[torch.Tensor, torch.Tensor],
     parts: Iterable[tuple[Ranges, tuple[torch.Tensor, torch.Tensor]]],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values, so many of them, with each part in its place, where all parts together fill them."""
-    shapes = [torch.Size((*x.shape[:2], num_keys, x.size(3))) for x in like]
+    shapes = key_shapes(num_keys, *like)
     whole = unpack(like[0].new_empty(sum(shape.numel() for shape in shapes)), *shapes)
     for place, part in parts:
         for there, here in zip(whole, part, strict=True):

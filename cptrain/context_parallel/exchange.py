@@ -18,6 +18,7 @@ from cptrain.context_parallel.carrier import (
     accumulator_dtype,
     cached_shard_blocks,
     collected,
+    key_shapes,
     new_sums,
     unpack,
 )
@@ -51,7 +52,7 @@ class Exchange:
         def take_home() -> None:
             self._grad_messenger.wait()
             for ranges, message in homecoming:
-                for whole, part in zip(total, unpack(message, *_shapes(num_tokens(ranges), *total)), strict=True):
+                for whole, part in zip(total, unpack(message, *key_shapes(num_tokens(ranges), *total)), strict=True):
                     accumulate(whole, ranges, part)
             homecoming.clear()
 
@@ -97,9 +98,9 @@ class Exchange:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of a group of hops in the order of the sequence."""
         if len(received) == 1:
-            return unpack(received[0], *_shapes(group.keys.num_keys, k, v))
+            return unpack(received[0], *key_shapes(group.keys.num_keys, k, v))
         parts = (
-            (place, unpack(message, *_shapes(num_tokens(hop.incoming), k, v)))
+            (place, unpack(message, *key_shapes(num_tokens(hop.incoming), k, v)))
             for hop, place, message in zip(group.hops, group.keys.places, received, strict=True)
         )
         return collected(group.keys.num_keys, (k, v), parts)
@@ -119,16 +120,10 @@ class Exchange:
 def _packed(ranges: Ranges, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Keys and values (or gradients of them) of these ranges, one behind the other, as one flat message."""
     message = k.new_empty(_numel(ranges, k, v))
-    for x, part in zip((k, v), unpack(message, *_shapes(num_tokens(ranges), k, v)), strict=True):
+    for x, part in zip((k, v), unpack(message, *key_shapes(num_tokens(ranges), k, v)), strict=True):
         copy_ranges(x, ranges, part)
     return message
 
 
-def _shapes(length: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Size, torch.Size]:
-    """Of k and v with so many tokens."""
-    first, second = (torch.Size((x.size(0), x.size(1), length, x.size(3))) for x in (k, v))
-    return first, second
-
-
 def _numel(ranges: Ranges, k: torch.Tensor, v: torch.Tensor) -> int:
-    return sum(shape.numel() for shape in _shapes(num_tokens(ranges), k, v))
+    return sum(shape.numel() for shape in key_shapes(num_tokens(ranges), k, v))

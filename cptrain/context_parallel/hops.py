@@ -74,7 +74,7 @@ def num_needed_keys(layout: Layout, mask: Mask) -> int:
 
 def hops_at_once(layout: Layout, device_type: str) -> int:
     """How many hops are computed together, on all ranks alike."""
-    return 1 if device_type in COPIES_ARE_DEAR else max(1, ENOUGH_KEYS // layout.shard_length)
+    return _at_once(layout, device_type, ENOUGH_KEYS)
 
 
 def ring_hops_at_once(layout: Layout, device_type: str, *, near: bool) -> int:
@@ -83,7 +83,11 @@ def ring_hops_at_once(layout: Layout, device_type: str, *, near: bool) -> int:
     Gradients of several hops follow one another only after all of these are computed, and keys of several hops must
     come during few: over a network, which at best hides what a hop sends behind its block, that would show.
     """
-    return 1 if not near or device_type in COPIES_ARE_DEAR else max(1, ENOUGH_KEYS_NEAR // layout.shard_length)
+    return _at_once(layout, device_type, ENOUGH_KEYS_NEAR if near else 0)
+
+
+def _at_once(layout: Layout, device_type: str, enough: int) -> int:
+    return 1 if device_type in COPIES_ARE_DEAR else max(1, enough // layout.shard_length)
 
 
 @lru_cache(maxsize=256)
