@@ -9,8 +9,10 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 import pytest
 import torch
@@ -188,8 +190,8 @@ def test_bench_step_counts_cpu_seconds_of_work_alone(tools: ModuleType) -> None:
     assert clock.seconds[0] >= 0.5 > 2 * clock.cpu_seconds[0]
 
 
-def seconds_at_blocks(rank: int, world: int, folder: Path, late_s: tuple[float, float]) -> float:
-    """How long the later of two passes took whose peer came so many seconds late to forward and to backward."""
+def seconds_at_blocks(rank: int, world: int, folder: Path) -> tuple[float, float]:
+    """How long forward and backward take, to each of which the second rank comes a second late."""
     sys.path.insert(0, str(ROOT / "tools"))
     from bench_step import meet_at_blocks
 
@@ -197,17 +199,17 @@ def seconds_at_blocks(rank: int, world: int, folder: Path, late_s: tuple[float, 
     model.layers = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
     meet_at_blocks(model, folder / str(rank))
     start = time.perf_counter()
-    time.sleep(rank * late_s[0])
+    time.sleep(rank)
     loss = model.layers[0](torch.ones(2, requires_grad=True)).sum()
-    time.sleep(rank * late_s[1])
+    between = time.perf_counter()
+    time.sleep(rank)
     loss.backward()
-    return time.perf_counter() - start
+    return between - start, time.perf_counter() - between
 
 
-@pytest.mark.parametrize("late_s", [(1.0, 0.0), (0.0, 1.0)], ids=["forward", "backward"])
-def test_bench_step_in_step_waits_for_the_other_run_at_each_block(pool, tmp_path: Path, late_s) -> None:
-    first, second = pool.run(2, seconds_at_blocks, tmp_path, late_s)
-    assert first > 0.9 and second > 0.9
+def test_bench_step_in_step_waits_for_the_other_run_at_each_block(pool, tmp_path: Path) -> None:
+    (forward_s, backward_s), _ = pool.run(2, seconds_at_blocks, tmp_path)
+    assert forward_s > 0.9 and backward_s > 0.9
 
 
 def test_bench_step_in_step_meets_in_the_model_that_trains(
@@ -221,6 +223,28 @@ def test_bench_step_in_step_meets_in_the_model_that_trains(
     counts = {"warmup": 0, "steps": 1, "checkpointing": "none"}
     bench_step.run_case(Namespace(child="in_step", result=str(tmp_path / "0"), **sizes, **counts))
     assert met == [2]
+
+
+def cpu_seconds_of_a_ring(rank: int, world: int, folder: Path) -> float:
+    """What time_trainer says of two ranks that compute for one and for two seconds."""
+    sys.path.insert(0, str(ROOT / "tools"))
+    import bench_step
+
+    class Clock(bench_step.Clock):
+        @contextmanager
+        def step(self):
+            yield
+            self.seconds.append(2.0)
+            self.cpu_seconds.append(rank + 1.0)
+
+    sizes = {"layers": 1, "dim": 16, "heads": 2, "kv_heads": 0, "vocab": 512, "tokens": 32, "threads": 1}
+    arguments = Namespace(child="cp2", warmup=0, steps=1, checkpointing="none", result="", **sizes)
+    with mock.patch.object(bench_step, "Clock", Clock):
+        return bench_step.time_trainer(arguments, folder)[1]
+
+
+def test_bench_step_adds_the_cpu_seconds_of_all_ranks(pool, tmp_path: Path) -> None:
+    assert pool.run(2, cpu_seconds_of_a_ring, tmp_path) == [3.0, 3.0]
 
 
 class Attention(torch.nn.Module):
