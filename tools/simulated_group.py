@@ -83,14 +83,12 @@ def _seconds(work: Any) -> float:
 
 
 def _fill(there: torch.Tensor, here: torch.Tensor | None) -> None:
-    """Copy `here` into `there`, again and again where it is shorter."""
-    if here is None or here.numel() == 0:
-        there.zero_()
-        return
-    target, source = there.view(-1), here.reshape(-1)
-    for start in range(0, target.numel(), source.numel()):
-        part = target[start : start + source.numel()]
-        part.copy_(source[: part.numel()])
+    """Copy `here` into `there`, as much of it as fits; the rest is zeros, in one operation as a message would be."""
+    target, source = there.view(-1), there.new_empty(0) if here is None else here.reshape(-1)
+    copied = min(target.numel(), source.numel())
+    if copied:
+        target[:copied].copy_(source[:copied])
+    target[copied:].zero_()
 
 
 class SimulatedGroup(dist.ProcessGroup):
