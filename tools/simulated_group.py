@@ -2,7 +2,8 @@
 
 A backend of torch.distributed's own kind, so that meshes, sub-groups, point-to-point messages and collectives work as
 they do among real ranks and nothing that is measured knows of it. What a rank receives is a copy of what it sent, since
-nobody else is there: shapes, bytes, schedule and kernel calls are those of this rank, values are not.
+nobody else is there, and zeros where that was less: shapes, bytes, schedule and kernel calls are those of this rank,
+values are not.
 """
 
 from __future__ import annotations
