@@ -43,6 +43,7 @@ PLANS: dict[int, dict[str, dict[str, Any]]] = {
         "hybrid, ulysses outside": {"ring": 2, "ulysses": 2, "outside": "ulysses"},
         "double ring 2 x 2": {"ring": 4, "ring_inner_degree": 2},
         "all-gather": {"ring": 4, "method": "all_gather"},
+        "ring without overlap": {"ring": 4, "overlap": False},
         "ring, blocks in few calls": {"ring": 4, "kernel": "reference"},
         "all-gather, blocks in few calls": {"ring": 4, "method": "all_gather", "kernel": "reference"},
     },

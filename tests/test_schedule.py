@@ -113,7 +113,7 @@ def test_schedule_of_exchanged_keys_computes_each_visible_pair_once(name, mask, 
         found = torch.zeros_like(expected)
         for rank in range(layout.num_ranks):
             count(found, shard_blocks(layout, here, rank, rank), shards[rank], shards[rank])
-            assert len(groups[rank]) <= -(-(layout.num_ranks - 1) // at_once)
+            assert len(groups[rank]) == -(-(layout.num_ranks - 1) // at_once)
             for group in groups[rank]:
                 keys = torch.full((group.keys.num_keys,), -1)
                 assert group.keys.needed == tuple(hop.incoming for hop in group.hops)

@@ -4,6 +4,13 @@ At hop i a rank sends to the i-th rank after it the keys that some query there s
 straight back and are summed by the owner in fp32. All go through the hops in the same order and leave out those that
 move nothing for them: what two ranks exchange belongs to one hop of both, so neither waits for one that the other has
 left out. Which keys travel, and which hops are computed together, is in `hops`.
+
+[Note: one order of messages]
+Keys and gradients have a communicator each, and ranks must start messages of both in one order, or two that each wait
+for the other in another one wait for ever: always where messages do not overlap the computation, and on CUDA where both
+wait for the device at that moment, as memory that runs short makes them. So backward looks ahead to the keys of the
+next hops by number, keys 1, 2, gradients 1, keys 3, gradients 2, also where these hops move nothing here. Forward,
+which sends keys alone, looks ahead to the next hops that do.
 """
 
 from __future__ import annotations
@@ -39,7 +46,7 @@ class Exchange:
         self._grad_messenger = Messenger(grad_group, overlap=overlap)
 
     def forward(self, k: torch.Tensor, v: torch.Tensor, compute: Callable[[Piece], None]) -> torch.Tensor:
-        self._visit(k, v, lambda piece, group: compute(piece))
+        self._visit(self._groups(k, empty=False), k, v, lambda piece, group: compute(piece))
         return k.new_empty(0)
 
     def backward(
@@ -68,13 +75,19 @@ class Exchange:
                 message = sums if len(group.hops) == 1 else _packed(place, *unpack(sums, *shapes))
                 homecoming.append((hop.outgoing, self._send_back(hop, message, k, v)))
 
-        self._visit(k, v, visit)
+        self._visit(self._groups(k, empty=True), k, v, visit)
         take_home()
         return total
 
-    def _visit(self, k: torch.Tensor, v: torch.Tensor, visit: Callable[[Piece, Group | None], None]) -> None:
-        """Own keys first, then those of each group of hops, the next group always under way."""
+    def _groups(self, k: torch.Tensor, *, empty: bool) -> list[Group]:
+        """This rank's groups of hops; empty: also those that move nothing here."""
         groups = groups_of(self._layout, self._mask, self._rank, hops_at_once(self._layout, k.device.type))
+        return [group for group in groups if empty or group.hops]
+
+    def _visit(
+        self, groups: list[Group], k: torch.Tensor, v: torch.Tensor, visit: Callable[[Piece, Group | None], None]
+    ) -> None:
+        """Own keys first, then those of each group of hops, the next group always under way."""
         under_way = [self._post(hop, k, v) for hop in groups[0].hops] if groups else []
         visit(Piece(k, v, cached_shard_blocks(self._layout, self._mask, self._rank, self._rank)), None)
         for number, group in enumerate(groups):
@@ -82,7 +95,8 @@ class Exchange:
             self._messenger.wait()
             if number + 1 < len(groups):
                 under_way = [self._post(hop, k, v) for hop in groups[number + 1].hops]
-            visit(Piece(*self._in_order(group, received, k, v), group.keys.blocks), group)
+            if group.hops:
+                visit(Piece(*self._in_order(group, received, k, v), group.keys.blocks), group)
 
     def _post(self, hop: Hop, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Start a hop; returns the buffer in which its keys arrive."""

@@ -52,7 +52,7 @@ class Hop(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Hops whose keys, of each the incoming ones, are computed together."""
+    """Hops whose keys, of each the incoming ones, are computed together; without hops where they move nothing here."""
 
     hops: tuple[Hop, ...]
     keys: Together
@@ -92,7 +92,7 @@ def _at_once(layout: Layout, device_type: str, enough: int) -> int:
 
 @lru_cache(maxsize=256)
 def groups_of(layout: Layout, mask: Mask, rank: int, at_once: int) -> tuple[Group, ...]:
-    """The hops at which this rank sends or receives keys, ascending, so many together.
+    """All hops of this rank that move keys, ascending, so many together: of one number on every rank.
 
     A matter of its own peers, not of all pairs.
     """
@@ -104,8 +104,7 @@ def groups_of(layout: Layout, mask: Mask, rank: int, at_once: int) -> tuple[Grou
             outgoing, incoming = needed_keys(layout, mask, reader, rank), needed_keys(layout, mask, rank, source)
             if outgoing or incoming:
                 hops.append(Hop(reader, source, outgoing, incoming))
-        if hops:
-            groups.append(Group(tuple(hops), together(layout, mask, rank, tuple(hop.source for hop in hops))))
+        groups.append(Group(tuple(hops), together(layout, mask, rank, tuple(hop.source for hop in hops))))
     return tuple(groups)
 
 
