@@ -251,3 +251,8 @@ def test_packing_goes_round_the_ring_where_that_is_fewer_bytes():
         assert many.exchange_is_cheaper()
         # Two ranks: a ring sends keys once forward and once back with gradients, and none to start backward from.
         assert alone.exchange_is_cheaper() == (num_ranks > 2)
+
+
+def test_balance_takes_offsets_as_tensors():
+    documents = join_offsets([torch.tensor([0, 5, 8]), torch.tensor([0, 8])])
+    assert documents.offsets == (0, 5, 8, 16)

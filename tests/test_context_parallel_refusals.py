@@ -50,6 +50,8 @@ def refusals(rank: int, world: int) -> dict[str, str]:
         "heads": attend(q[:, :3], k, v),
         "window without causal": attend(q, k, v, causal=False, window_size=3),
         "window of nothing": attend(q, k, v, window_size=0),
+        "scale": attend(q, k, v, scale=0.0),
+        "tangents": text_of(lambda: torch.func.jvp(lambda x: cp.attention(x, k, v, is_causal=True), (q,), (q,))),
         "two lengths": text_of(lambda: cp.shard(torch.arange(8), torch.arange(16), dim=0)),
     }
 
@@ -78,6 +80,8 @@ def refused(pool) -> dict[str, str]:
         "heads": "ValueError: 3 query heads are not a multiple of 2 kv heads",
         "window without causal": "ValueError: window_size = 3: must be at least 1, with is_causal=True",
         "window of nothing": "ValueError: window_size = 0: must be at least 1, with is_causal=True",
+        "scale": "ValueError: scale = 0.0: must be above 0",
+        "tangents": "NotImplementedError: forward-mode differentiation (torch.func.jvp) is not supported",
         "two lengths": "ValueError: lengths [8, 16] along dim 0: they must be one sequence",
     }.items(),
 )

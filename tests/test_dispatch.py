@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -194,3 +195,12 @@ def test_dispatch_refuses_fewer_kv_heads_without_enable_gqa():
     grouped.options["enable_gqa"] = True
     model(X)
     assert len(recorder.calls) == 1
+
+
+def test_dispatch_refuses_to_pickle_what_a_pickle_would_leave_out():
+    model, recorder = nn.Sequential(Attention()), Recorder()
+    pickle.dumps(model)
+    apply(model, modules="0", attention=recorder)
+    with pytest.raises(pickle.PicklingError, match="save its state_dict"):
+        pickle.dumps(model)
+    assert torch.equal(copy.deepcopy(model)(X), 3 * X)

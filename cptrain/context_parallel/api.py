@@ -204,7 +204,15 @@ class ContextParallel:
         """
         if isinstance(q, DTensor) or isinstance(k, DTensor) or isinstance(v, DTensor):
             return self._dtensor_attention(q, k, v, is_causal=is_causal, window_size=window_size, scale=scale)
-        check_tensors(q, k, v, is_causal=is_causal, window_size=window_size, ulysses_degree=self.ulysses_degree)
+        check_tensors(
+            q,
+            k,
+            v,
+            is_causal=is_causal,
+            window_size=window_size,
+            scale=scale,
+            ulysses_degree=self.ulysses_degree,
+        )
         packing, route = self._entered.packing, self._entered.route or self._route
         if self.layout == "balanced":
             check_entered(self._entered.shape, q, is_causal=is_causal, degree=self.degree)

@@ -11,8 +11,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
+from pickle import PicklingError
 from types import MethodType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -127,6 +128,15 @@ class Switch:
         self.attention = attention
         self.window_size = window_size
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Switch:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise PicklingError(
+            "a module that was made context parallel cannot be pickled: once loaded it would attend to its own shard "
+            "only; save its state_dict(), or pickle it before apply"
+        )
+
 
 def _wrap(name: str, module: nn.Module, switch: Switch) -> None:
     def with_attention(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -142,6 +152,8 @@ def _wrap(name: str, module: nn.Module, switch: Switch) -> None:
         return result
 
     wrap_forward(module, with_attention, context_parallel_switch=switch)
+    # A pickle would leave the new forward out in silence, so the module holds something that refuses.
+    module.__dict__["_context_parallel_switch"] = switch
 
 
 def wrap_forward(module: nn.Module, around: Callable[..., Any], **marks: Any) -> None:

@@ -200,6 +200,7 @@ def join_offsets(offsets: Sequence[Sequence[int]]) -> Documents:
 
     Raises ValueError for rows that do not.
     """
+    offsets = [[int(offset) for offset in row] for row in offsets]  # rows may be tensors
     length = offsets[0][-1] if offsets and offsets[0] else 0
     for number, row in enumerate(offsets):
         if len(row) < 2 or row[0] != 0 or row[-1] != length:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch.autograd.forward_ad import unpack_dual
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from cptrain.context_parallel.kernels import KERNELS
@@ -61,9 +62,19 @@ def check_tensors(
     *,
     is_causal: bool,
     window_size: int | None,
+    scale: float | None,
     ulysses_degree: int,
 ) -> None:
-    """ValueError for local tensors that do not fit each other, the mask or the degree."""
+    """ValueError for local tensors that do not fit each other, the mask or the degree.
+
+    NotImplementedError for tangents of forward-mode differentiation, which an operator without a rule for them drops.
+    """
+    if not torch.compiler.is_compiling() and any(unpack_dual(x).tangent is not None for x in (q, k, v)):
+        raise NotImplementedError(
+            "forward-mode differentiation (torch.func.jvp) is not supported under context parallelism: take backward()"
+        )
+    if scale is not None and not scale > 0:
+        raise ValueError(f"scale = {scale}: must be above 0; causal kernels give NaN for others")
     if {q.ndim, k.ndim, v.ndim} != {4}:
         raise ValueError(f"q, k, v have {q.ndim}, {k.ndim}, {v.ndim} dims; they must be [B, H, T, D]")
     if not q.dtype == k.dtype == v.dtype:

@@ -24,7 +24,7 @@ from cptrain.config.document import dump
 from cptrain.context_parallel.kernels import choose_kernel
 from cptrain.data.tokenizer import build_tokenizer
 from cptrain.distributed.mesh import build_meshes
-from cptrain.distributed.process_group import set_timeouts
+from cptrain.distributed.process_group import first_rank_result, set_timeouts
 from cptrain.loss import IGNORED, cross_entropy_sum
 from cptrain.metrics.flops import training_flops
 from cptrain.metrics.logger import Metrics
@@ -36,6 +36,7 @@ from cptrain.optim.schedule import learning_rate
 from cptrain.parallel.apply import apply_context_parallel, parallelise
 from cptrain.train.batch import PACKING, Counts, Shard
 from cptrain.train.environment import write_environment
+from cptrain.train.folder import make_folders, plain_shape, warn_of_other_shape
 from cptrain.train.interruption import Interruption
 from cptrain.train.precision import resolve_precision
 from cptrain.train.report import describe
@@ -67,6 +68,7 @@ class Trainer:
         first = settings.at_stage(0)
         degrees = first.degrees(self.world_size, self.shape)
         meshes = build_meshes(degrees, device, order=settings.parallelism.context_parallel_order)
+        first_rank_result(partial(make_folders, settings))
         self.texts = self._open_texts()
         self.precision = resolve_precision(settings.training, device)
         self.parallel = parallelise(
@@ -228,6 +230,7 @@ class Trainer:
             "step": self.step,
             "tokens_seen": self.tokens_seen,
             "data": self.stage.windows.identity(),
+            "model": plain_shape(self.shape),
             "world_size": self.world_size,
         }
         self.checkpointer.save(self.step, self._state(), train_state, self.toml)
@@ -274,6 +277,8 @@ class Trainer:
             return {}
         rng.restore(state[rng.SECTION])
         self.step, self.tokens_seen = found["step"], found["tokens_seen"]
+        if self.rank == 0:
+            warn_of_other_shape(plain_shape(self.shape), found.get("model", {}))
         return found["data"]
 
     def _open_texts(self) -> Texts:
