@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
 from cptrain.context_parallel.dispatch import apply
 
@@ -204,3 +205,33 @@ def test_dispatch_refuses_to_pickle_what_a_pickle_would_leave_out():
     with pytest.raises(pickle.PicklingError, match="save its state_dict"):
         pickle.dumps(model)
     assert torch.equal(copy.deepcopy(model)(X), 3 * X)
+
+
+@pytest.mark.parametrize("pattern", ["attention", "layer"])
+def test_dispatch_refuses_attention_that_it_cannot_replace(pattern):
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "layer": nn.TransformerEncoderLayer(8, 2, 8)})
+    with pytest.raises(NotImplementedError, match=f"{pattern} is or contains nn.MultiheadAttention"):
+        apply(model, modules=pattern, attention=Recorder())
+
+
+class CheckpointsItself(Attention):
+    def forward(self, x: torch.Tensor, *args) -> torch.Tensor:
+        return checkpoint(super().forward, x, use_reentrant=True)
+
+
+def test_dispatch_refuses_reentrant_checkpointing_of_a_part_of_a_forward():
+    model = nn.Sequential(CheckpointsItself())
+    apply(model, modules="0", attention=Recorder())
+    x = X.clone().requires_grad_()
+    with pytest.raises(NotImplementedError, match="checkpoint the whole module"):
+        model(x)
+    with torch.no_grad():
+        assert torch.equal(model(x), 3 * x)
+
+
+def test_dispatch_lets_a_whole_module_be_checkpointed_either_way():
+    for reentrant in (True, False):
+        model, x = nn.Sequential(Attention()), X.clone().requires_grad_()
+        apply(model, modules="0", attention=Recorder())
+        checkpoint(model, x, use_reentrant=reentrant).sum().backward()
+        assert torch.equal(x.grad, torch.full_like(X, 3))

@@ -31,10 +31,17 @@ class AttentionMode(TorchFunctionMode):
         self.attention = attention
         self.window_size = window_size
         self.reached = False
+        self.with_grad = torch.is_grad_enabled()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
             self.reached = True
+            if self.with_grad and not torch.is_grad_enabled():
+                # Reentrant checkpointing computes a part so, and again in backward, where this mode is gone.
+                raise NotImplementedError(
+                    "attention without gradients inside of a forward that has them: checkpoint the whole module or the "
+                    "block around it, not a part of its forward; or take it out of no_grad()"
+                )
             return _replace(self.attention, self.window_size, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
@@ -84,7 +91,8 @@ def apply(
     """Names of the modules of `model` whose name matches the pattern and whose attention is now `attention`.
 
     A module that is context parallel already takes the new plan from its next forward on. Raises ValueError when
-    nothing matches or a match contains another (its calls would be taken twice); and, at its first forward,
+    nothing matches or a match contains another (its calls would be taken twice); NotImplementedError for torch's own
+    MultiheadAttention, and for checkpointing of a part of a forward; and, at its first forward,
     RuntimeError for a matched module that never calls the function.
     """
     matched = match(model, modules)
@@ -94,7 +102,7 @@ def apply(
 
 
 def match(model: nn.Module, modules: str | Sequence[str]) -> dict[str, nn.Module]:
-    """The modules that `apply` is about to change, by name; its ValueErrors come from here."""
+    """The modules that `apply` is about to change, by name; its errors come from here."""
     patterns = [modules] if isinstance(modules, str) else list(modules)
     matched = {
         name: module
@@ -105,7 +113,12 @@ def match(model: nn.Module, modules: str | Sequence[str]) -> dict[str, nn.Module
         kinds = sorted({name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1].find("att") >= 0})
         hint = f"; modules with att in their name: {', '.join(kinds[:8])}" if kinds else ""
         raise ValueError(f"modules = {modules!r} matches no module of {type(model).__name__}{hint}")
-    for name in matched:
+    for name, module in matched.items():
+        if any(isinstance(part, nn.MultiheadAttention) for part in module.modules()):
+            raise NotImplementedError(
+                f"{name} is or contains nn.MultiheadAttention, whose attention cannot be replaced: call "
+                "F.scaled_dot_product_attention in a module of your own"
+            )
         inside = [other for other in matched if other.startswith(name + ".")]
         if inside:
             raise ValueError(f"modules = {modules!r} matches {name} and {inside[0]} inside it; name only one of them")
