@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from cptrain.context_parallel import exchange
-from cptrain.context_parallel.carrier import Piece
 from cptrain.context_parallel.exchange import Exchange
 from cptrain.context_parallel.mask import Documents
 from cptrain.context_parallel.packing import Packing, pack
@@ -54,11 +53,7 @@ def posts_of(packing: Packing, rank: int, which: str) -> list[Post]:
         if which == "forward":
             carrier.forward(k, v, lambda piece: None)
         else:
-
-            def compute(piece: Piece, into=None) -> list:
-                return []
-
-            carrier.backward(k, v, k.new_empty(0), compute)
+            carrier.backward(k, v, k.new_empty(0), lambda piece, into=None: [])
     return posts
 
 

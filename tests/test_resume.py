@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import logging
 import signal
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from legs import (
 )
 from runs import GLOBAL_BATCH, small_settings, write_text
 
+from cptrain.models.settings import ModelConfig
+from cptrain.train.resume import plain_shape, warn_of_other_shape
 from cptrain.train.settings import TrainingStage, TrainSettings
 from cptrain.train.trainer import Trainer
 
@@ -322,6 +325,17 @@ def test_resume_with_other_data_or_another_model_is_refused_by_name(pool, settin
             assert told in message
             assert "another job.name" in message
     assert contents(settings.job.folder) == files
+
+
+def test_resume_with_another_shape_is_warned_of_by_key(caplog):
+    shape = TrainSettings(model=ModelConfig(flavor="llama3.2-1b")).shape(512)
+    with caplog.at_level(logging.WARNING):
+        warn_of_other_shape(plain_shape(shape), plain_shape(shape))
+        warn_of_other_shape(plain_shape(shape), {})
+        assert not caplog.records
+        warn_of_other_shape(plain_shape(dataclasses.replace(shape, rope_theta=2.0)), plain_shape(shape))
+    (record,) = caplog.records
+    assert record.getMessage().endswith(f": rope_theta = {shape.rope_theta} (here 2.0)")
 
 
 # --- validation -------------------------------------------------------------------------------------------------------

@@ -84,11 +84,10 @@ def _seconds(work: Any) -> float:
 
 
 def _fill(there: torch.Tensor, here: torch.Tensor | None) -> None:
-    """Copy `here` into `there`, as much of it as fits; the rest is zeros, in one operation as a message would be."""
+    """Copy `here` into `there`, as much of it as fits; the rest is zeros."""
     target, source = there.view(-1), there.new_empty(0) if here is None else here.reshape(-1)
     copied = min(target.numel(), source.numel())
-    if copied:
-        target[:copied].copy_(source[:copied])
+    target[:copied].copy_(source[:copied])
     target[copied:].zero_()
 
 

@@ -92,7 +92,7 @@ def _at_once(layout: Layout, device_type: str, enough: int) -> int:
 
 @lru_cache(maxsize=256)
 def groups_of(layout: Layout, mask: Mask, rank: int, at_once: int) -> tuple[Group, ...]:
-    """All hops of this rank that move keys, ascending, so many together: of one number on every rank.
+    """The hops at which this rank sends or receives keys, ascending, so many together; as many groups on every rank.
 
     A matter of its own peers, not of all pairs.
     """

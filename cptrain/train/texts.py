@@ -44,17 +44,3 @@ def open_texts(
     seed = config.resolved_seed(default_seed)
     folder = share(lambda: prepare_corpus(config, tokenizer, seed=seed))
     return Texts(config, *split_documents(open_corpus(folder), fraction=config.validation_fraction, seed=seed), share)
-
-
-def check_same_data(ours: dict[str, Any], theirs: dict[str, Any], *, job: str) -> None:
-    """ValueError if a run would go on from a checkpoint that read other data, or the same in another order.
-
-    ours, theirs: `Windows.identity`; theirs is empty where there is no checkpoint.
-    """
-    differing = [key for key in {**theirs, **ours} if theirs and theirs.get(key) != ours.get(key)]
-    if differing:
-        was = ", ".join(f"{key} = {theirs.get(key, 'unset')} (here {ours.get(key, 'unset')})" for key in differing)
-        raise ValueError(
-            f"cannot resume job.name = {job}: its checkpoint was trained with {was}, which decides the order of the "
-            "data; restore these, or choose another job.name for a new run"
-        )

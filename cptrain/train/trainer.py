@@ -36,14 +36,15 @@ from cptrain.optim.schedule import learning_rate
 from cptrain.parallel.apply import apply_context_parallel, parallelise
 from cptrain.train.batch import PACKING, Counts, Shard
 from cptrain.train.environment import write_environment
-from cptrain.train.folder import make_folders, plain_shape, warn_of_other_shape
+from cptrain.train.folder import make_folders
 from cptrain.train.interruption import Interruption
 from cptrain.train.precision import resolve_precision
 from cptrain.train.report import describe
+from cptrain.train.resume import check_same_data, plain_shape, warn_of_other_shape
 from cptrain.train.settings import TrainSettings
 from cptrain.train.stage import Plan, Stage
 from cptrain.train.startup import StartupCheck
-from cptrain.train.texts import Texts, check_same_data, open_texts
+from cptrain.train.texts import Texts, open_texts
 
 logger = logging.getLogger("cptrain")
 
