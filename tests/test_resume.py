@@ -338,6 +338,31 @@ def test_resume_with_another_shape_is_warned_of_by_key(caplog):
     assert record.getMessage().endswith(f": rope_theta = {shape.rope_theta} (here 2.0)")
 
 
+def test_resume_warns_of_a_model_that_only_its_tensors_match(pool, settings_of):
+    pool.run(2, start, settings_of("ring 2", training={"steps": 1}))
+    found = pool.run(2, start, settings_of("ring 2", training={"steps": 2}, model={"rope_theta": 2.0}))
+    warning = "resuming a model that was trained with other settings: rope_theta = "
+    assert warning in found[0].log and "(here 2.0)" in found[0].log
+    assert warning not in found[1].log
+    assert (
+        warning
+        not in pool.run(2, start, settings_of("ring 2", training={"steps": 3}, model={"rope_theta": 2.0}))[0].log
+    )
+
+
+def folder_refusals(rank: int, world: int, settings: TrainSettings) -> str:
+    with pytest.raises(ValueError, match="that you may write") as caught:
+        Trainer(settings, torch.device("cpu"))
+    return str(caught.value)
+
+
+def test_resume_has_a_folder_that_can_be_written_before_the_first_step(pool, settings_of):
+    settings = settings_of("ring 2", checkpoint={"folder": __file__})
+    assert set(pool.run(2, folder_refusals, settings)) == {
+        f"{__file__}: File exists; set checkpoint.folder to a folder that you may write"
+    }
+
+
 # --- validation -------------------------------------------------------------------------------------------------------
 
 
