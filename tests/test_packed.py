@@ -43,7 +43,6 @@ PLANS: dict[int, dict[str, dict[str, Any]]] = {
         "hybrid, ulysses outside": {"ring": 2, "ulysses": 2, "outside": "ulysses"},
         "double ring 2 x 2": {"ring": 4, "ring_inner_degree": 2},
         "all-gather": {"ring": 4, "method": "all_gather"},
-        "ring without overlap": {"ring": 4, "overlap": False},
         "ring, blocks in few calls": {"ring": 4, "kernel": "reference"},
         "all-gather, blocks in few calls": {"ring": 4, "method": "all_gather", "kernel": "reference"},
     },
@@ -179,6 +178,21 @@ def check_single_rows(rank: int, world: int, options: dict[str, Any]) -> None:
 )
 def test_packed_row_by_itself_equals_one_process_in_fp64(pool, world, name):
     pool.run(world, check_single_rows, PLANS[world][name])
+
+
+def check_hops_that_ranks_leave_out(rank: int, world: int, overlap: bool) -> None:
+    """Documents of which ranks leave out different hops, and would wait for each other if orders differed."""
+    plan, lengths = make_plan(ring=4, chunk_size=8, overlap=overlap), torch.tensor([34, 5, 14, 17, 18, 3, 12, 9, 5, 11])
+    ids = torch.arange(len(lengths)).repeat_interleave(lengths)[None]
+    inputs = tuple(x[:1] for x in problem(8, 2, length=ids.size(1)))
+    expected = single_process(*inputs, ids, None)
+    for a, e in zip(sharded(plan, *inputs, ids, None), expected, strict=True):
+        assert_matches(a, e)
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_packed_ranks_that_leave_out_different_hops_do_not_wait_for_each_other(pool, overlap):
+    pool.run(4, check_hops_that_ranks_leave_out, overlap)
 
 
 def graphs_of_many_kinds(rank: int, world: int) -> int:
