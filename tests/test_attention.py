@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from typing import Any
 from unittest import mock
 
@@ -12,8 +13,8 @@ import torch.nn.functional as F
 from tolerance import assert_matches
 from torch.distributed.device_mesh import init_device_mesh
 
-from cptrain.context_parallel import ContextParallel, hops
-from cptrain.context_parallel.layout import make_layout
+from cptrain.context_parallel import ContextParallel
+from cptrain.context_parallel.hops import Pace
 
 # ranks -> what a plan is made with; "ring" and "ulysses" are degrees
 PLANS: dict[int, dict[str, dict[str, Any]]] = {
@@ -140,26 +141,29 @@ def test_attention_equals_one_process_in_fp64(pool, world, name):
     pool.run(world, check_every_case, PLANS[world][name])
 
 
-def check_hops_together(rank: int, world: int, options: dict[str, Any], at_once: int, device: str = "cpu") -> None:
-    limits = {"COPIES_ARE_DEAR": frozenset(), "ENOUGH_KEYS": 12 * at_once, "ENOUGH_KEYS_NEAR": 12 * at_once}
-    with mock.patch.multiple(hops, **limits):
-        assert hops.ring_hops_at_once(make_layout("zigzag", world, 12 * world), device, near=True) == at_once
+def check_hops_together(
+    rank: int, world: int, options: dict[str, Any], at_once: int, growth: int = 2, device: str = "cpu"
+) -> None:
+    pace = {"ring_pace": mock.Mock(return_value=Pace(at_once, growth)), "hops_at_once": mock.Mock(return_value=at_once)}
+    with mock.patch.multiple(sys.modules["cptrain.context_parallel.attention"], **pace):
         check_every_case(rank, world, options, device)
+    assert pace["ring_pace"].called
 
 
 @pytest.mark.parametrize(
-    ("world", "name", "at_once"),
+    ("world", "name", "at_once", "growth"),
     [
-        (3, "ring", 2),
-        (4, "ring", 2),
-        (6, "double ring 2 x 3", 3),
-        (8, "ring", 3),
-        (8, "ring", 100),
-        (8, "double ring, inner 4", 2),
+        (3, "ring", 2, 2),
+        (4, "ring", 2, 2),
+        (6, "double ring 2 x 3", 3, 2),
+        (8, "ring", 3, 2),
+        (8, "ring", 100, 10),
+        (8, "double ring, inner 4", 2, 2),
+        (8, "double ring, inner 4", 4, 4),
     ],
 )
-def test_attention_is_the_same_where_hops_are_computed_together(pool, world, name, at_once):
-    pool.run(world, check_hops_together, PLANS[world][name], at_once)
+def test_attention_is_the_same_where_hops_are_computed_together(pool, world, name, at_once, growth):
+    pool.run(world, check_hops_together, PLANS[world][name], at_once, growth)
 
 
 def bf16_errors(

@@ -14,7 +14,7 @@ from tolerance import assert_matches
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from cptrain.context_parallel import ContextParallel, hops
+from cptrain.context_parallel import ContextParallel, groups, hops
 from cptrain.context_parallel import ring as ring_carrier
 from cptrain.context_parallel.ulysses import replicate_kv_heads
 from cptrain.distributed.transport import recorded_messages
@@ -290,13 +290,13 @@ def test_plan_describes_its_modules_messages_and_buffers(pool):
     assert gathered[3] == "  backward sends 2 x 768 KiB (all_gather), 2 x 1.5 MiB (reduce_scatter)"
 
 
-def batched(rank: int, world: int, hosts: str) -> list[tuple[str, int]]:
+def batched(rank: int, world: int, speed: float, tokens_per_message: int) -> list[tuple[str, int]]:
     """Of a ring and a double ring, where copies are cheap: what is said of buffers, and the batches put in order."""
     found = []
     for inner in (1, 2):
         with (
-            mock.patch("socket.gethostname", return_value=hosts[rank]),
-            mock.patch.object(hops, "COPIES_ARE_DEAR", frozenset()),
+            mock.patch.object(groups, "link_speed", return_value=speed),
+            mock.patch.multiple(hops, COPIES_ARE_DEAR=frozenset(), TOKENS_PER_MESSAGE=tokens_per_message),
             mock.patch.object(ring_carrier, "collected", wraps=ring_carrier.collected) as collected,
         ):
             mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("ring",))
@@ -309,8 +309,9 @@ def batched(rank: int, world: int, hosts: str) -> list[tuple[str, int]]:
     return found
 
 
-def test_plan_computes_hops_together_where_all_ranks_of_a_ring_are_on_one_host(pool):
+def test_plan_computes_hops_together_where_links_of_a_ring_are_fast(pool):
     # batches of 1, 2 and 1 hops: three held and arriving, two in order; a double ring of two has none of several
-    assert pool.run(4, batched, "aaaa") == [[("5 key buffers", 1), ("4 key buffers", 0)]] * 4
-    for names in ("aaab", "abab"):
-        assert pool.run(4, batched, names) == [[("2 key buffers", 0), ("4 key buffers", 0)]] * 4
+    assert pool.run(4, batched, 2e11, 3200) == [[("5 key buffers", 1), ("4 key buffers", 0)]] * 4
+    # 12 tokens a rank, 4 per message: batches of 1 and 3 hops
+    assert pool.run(4, batched, 2e11, 4) == [[("7 key buffers", 1), ("4 key buffers", 0)]] * 4
+    assert pool.run(4, batched, 5e10, 4) == [[("2 key buffers", 0), ("4 key buffers", 0)]] * 4

@@ -18,9 +18,12 @@ import staged_group
 import test_attention
 import test_packed
 import torch
+import torch.distributed as dist
 from runs import small_settings, train, write_text
 from test_kernels import dense, random_block
+from torch.distributed.device_mesh import init_device_mesh
 
+from cptrain.context_parallel import ContextParallel, groups
 from cptrain.context_parallel.kernels import (
     KERNELS,
     REFERENCE,
@@ -33,6 +36,7 @@ from cptrain.context_parallel.kernels import (
 from cptrain.context_parallel.launches import Launch, take
 from cptrain.context_parallel.merging import merge, merge_in_torch
 from cptrain.context_parallel.schedule import Block, Shape
+from cptrain.distributed import transport
 from cptrain.distributed.side_stream import MOST_BEHIND, SideStream
 
 pytestmark = [
@@ -261,6 +265,32 @@ def test_cuda_side_stream_holds_what_it_reads_and_no_more():
     assert peak <= (MOST_BEHIND + 2) * total.nbytes
 
 
+@pytest.mark.parametrize(("bandwidth", "fast"), [(0, True), (50e9, False), (200e9, True)])
+def test_cuda_links_are_measured(monkeypatch, bandwidth, fast):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "tools")
+    from simulated_group import simulated_ranks
+
+    device = torch.device("cuda")
+    with simulated_ranks(1, 4, device, bandwidth=bandwidth):
+        group = dist.new_group(list(range(4)))
+        speed = transport.link_speed(group.group_name, device)
+        assert (speed >= groups.FAST) == fast
+        assert not bandwidth or 0.5 * bandwidth < speed < 1.1 * bandwidth
+        assert transport.link_speed(group.group_name, torch.device("cpu")) == 0.0
+        mesh = init_device_mesh("cuda", (4,), mesh_dim_names=("ring",))
+        assert ContextParallel(mesh, ulysses=None)._groups.is_fast == fast
+
+
+def measured(rank: int, world: int, *, device: str) -> float:
+    group = dist.new_group(list(range(world)))
+    return transport.link_speed(group.group_name, torch.device(device))
+
+
+def test_cuda_ranks_agree_on_the_speed_of_their_links(pool):
+    (speed,) = set(on_device(pool, 4, measured))
+    assert speed > 0
+
+
 def on_device(pool, world: int, function: Any, *args: Any, **options: Any) -> list[Any]:
     """The function on so many ranks with CUDA tensors."""
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.device_count() >= world else staged_group.BACKEND
@@ -274,10 +304,12 @@ def test_cuda_attention_equals_one_process_in_fp64(pool, world, name):
     on_device(pool, world, test_attention.check_every_case, test_attention.PLANS[world][name])
 
 
-@pytest.mark.parametrize(("world", "name", "at_once"), [(4, "ring", 1), (4, "double ring 2 x 2", 1), (8, "ring", 3)])
-def test_cuda_attention_is_the_same_with_fewer_hops_together(pool, world, name, at_once):
+@pytest.mark.parametrize(
+    ("world", "name", "at_once"), [(4, "ring", 2), (4, "double ring 2 x 2", 2), (4, "ring", 4), (8, "ring", 3)]
+)
+def test_cuda_attention_is_the_same_where_hops_are_computed_together(pool, world, name, at_once):
     options = test_attention.PLANS[world][name]
-    on_device(pool, world, test_attention.check_hops_together, options, at_once)
+    on_device(pool, world, test_attention.check_hops_together, options, at_once, growth=at_once)
 
 
 @pytest.mark.parametrize("kernel", ["cuda flash", "cudnn", "efficient"])

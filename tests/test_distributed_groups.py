@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from datetime import timedelta
-from unittest import mock
 
 import pytest
 import torch
@@ -26,7 +25,6 @@ from cptrain.distributed.transport import (
     all_to_all,
     group_rank,
     group_size,
-    on_one_host,
     recorded_messages,
 )
 
@@ -162,16 +160,6 @@ def passed_on(rank: int, world: int) -> list[int]:
 def test_distributed_messages_may_send_on_what_is_still_under_way(pool):
     for rank, found in enumerate(pool.run(4, passed_on)):
         assert found == [(rank - hop) % 4 for hop in (1, 2, 3)]
-
-
-def hosts(rank: int, world: int, names: str) -> bool:
-    with mock.patch("socket.gethostname", return_value=names[rank]):
-        return on_one_host(dist.new_group(list(range(world))), torch.device("cpu"))
-
-
-@pytest.mark.parametrize(("names", "one"), [("aaa", True), ("aab", False), ("baa", False)])
-def test_distributed_ranks_know_whether_they_are_on_one_host(pool, names, one):
-    assert pool.run(3, hosts, names) == [one] * 3
 
 
 def collect(rank: int, world: int) -> tuple[list, list, list, list[Message]]:

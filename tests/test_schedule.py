@@ -133,22 +133,34 @@ def test_schedule_takes_small_hops_together_where_copies_are_cheap():
     assert hops.hops_at_once(zigzag(8, 8 * 2048), "cuda") == 8
     assert hops.hops_at_once(zigzag(8, 8 * 65_536), "cuda") == 1
     assert hops.hops_at_once(zigzag(8, 8 * 2048), "cpu") == 1
-    assert hops.ring_hops_at_once(zigzag(8, 8 * 8192), "cuda", near=True) == 4
-    assert hops.ring_hops_at_once(zigzag(8, 8 * 65_536), "cuda", near=True) == 1
-    assert hops.ring_hops_at_once(zigzag(8, 8 * 8192), "cuda", near=False) == 1
-    assert hops.ring_hops_at_once(zigzag(8, 8 * 8192), "cpu", near=True) == 1
+    assert hops.hops_at_once(zigzag(8, 8 * 2048), "cuda", fast=True) == 16
+    assert hops.hops_at_once(zigzag(8, 8 * 2048), "cuda", heads_per_key=4, fast=True) == 32
+    assert hops.hops_at_once(zigzag(8, 8 * 2048), "cuda", heads_per_key=4) == 8
+    assert hops.hops_at_once(zigzag(8, 8 * 2048), "cpu", heads_per_key=4, fast=True) == 1
+
+
+@pytest.mark.parametrize(
+    ("tokens", "heads_per_key", "at_once", "growth"),
+    # growth: heads_per_key * tokens / 3,200, what arrives during a block; never less than 2
+    [(8192, 4, 8, 10), (8192, 1, 4, 2), (8192, 8, 16, 20), (2048, 4, 32, 2), (32_768, 4, 2, 40), (131_072, 4, 1, 163)],
+)
+def test_schedule_of_a_ring_keeps_to_the_pace_of_its_link(tokens, heads_per_key, at_once, growth):
+    layout = zigzag(8, 8 * tokens)
+    assert hops.ring_pace(layout, "cuda", heads_per_key=heads_per_key, fast=True) == (at_once, growth)
+    assert hops.ring_pace(layout, "cuda", heads_per_key=heads_per_key, fast=False) == (1, 1)
+    assert hops.ring_pace(layout, "cpu", heads_per_key=heads_per_key, fast=True).at_once == 1
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 8, 15])
-@pytest.mark.parametrize("at_once", [1, 2, 3, 4, 16])
-def test_schedule_of_a_ring_takes_hops_together_in_rising_batches(count, at_once):
-    found = hops.batches(range(count, 0, -1), at_once)
+@pytest.mark.parametrize(("at_once", "growth"), [(1, 1), (1, 2), (2, 2), (3, 2), (4, 2), (16, 2), (4, 3), (8, 10)])
+def test_schedule_of_a_ring_takes_hops_together_in_rising_batches(count, at_once, growth):
+    found = hops.batches(range(count, 0, -1), hops.Pace(at_once, growth))
     assert [hop for batch in found for hop in batch] == list(range(count, 0, -1))
     sizes = [len(batch) for batch in found]
     assert sizes[:1] in ([], [1]) and max(sizes, default=1) <= at_once
-    assert all(after <= 2 * before for before, after in pairwise(sizes))
+    assert all(after <= growth * before for before, after in pairwise(sizes))
     # no smaller than that allows, but for the last
-    assert all(after == min(2 * before, at_once) for before, after in pairwise(sizes[:-1]))
+    assert all(after == min(growth * before, at_once) for before, after in pairwise(sizes[:-1]))
 
 
 def test_schedule_matches_ranges_of_equal_size():

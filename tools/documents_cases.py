@@ -26,7 +26,7 @@ from cptrain.context_parallel.balance import (
     work_of,
 )
 from cptrain.context_parallel.carrier import cached_shard_blocks
-from cptrain.context_parallel.hops import batches, groups_of, hops_at_once, ring_hops_at_once, together
+from cptrain.context_parallel.hops import batches, groups_of, hops_at_once, ring_pace, together
 from cptrain.context_parallel.layout import Layout, Span, make_layout
 from cptrain.context_parallel.mask import Documents, num_visible
 from cptrain.context_parallel.packing import Packing, pack
@@ -137,16 +137,20 @@ def packing_of(documents: Documents, layout: Layout) -> Packing:
     return pack(documents, num_ranks=layout.num_ranks, num_rows=1, chunk_size=layout.chunk_size, layout=layout)
 
 
-def rank_blocks(packing: Packing, rank: int, device_type: str = "cuda") -> list[Block]:
-    """The blocks that a rank computes forward, of its own keys and of those of hops that are computed together."""
+def rank_blocks(packing: Packing, rank: int, device_type: str = "cuda", heads_per_key: int = 1) -> list[Block]:
+    """The blocks that a rank computes forward, of its own keys and of those of hops that are computed together.
+
+    With links as fast as on one host. heads_per_key: query heads that share a key head.
+    """
     layout, mask = packing.layout, packing.mask()
     ranks = layout.num_ranks
     found = list(cached_shard_blocks(layout, mask, rank, rank))
     if packing.exchange_is_cheaper():
-        for group in groups_of(layout, mask, rank, hops_at_once(layout, device_type)):
+        at_once = hops_at_once(layout, device_type, heads_per_key=heads_per_key, fast=True)
+        for group in groups_of(layout, mask, rank, at_once):
             found += group.keys.blocks
     else:
-        for hops in batches(range(ranks), ring_hops_at_once(layout, device_type, near=True))[1:]:
+        for hops in batches(range(ranks), ring_pace(layout, device_type, heads_per_key=heads_per_key, fast=True))[1:]:
             found += together(layout, mask, rank, tuple((rank - hop) % ranks for hop in hops)).blocks
     return found
 

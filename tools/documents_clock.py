@@ -283,7 +283,8 @@ def layout_run(case: Case, layout: str, rank: int) -> tuple[Times, Callable[[int
     else:
         plan = ContextParallel(mesh, ulysses=None, layout="balanced", kernel=case.kernel)
         batch = batch_of(plan, layout, case.lengths)  # type: ignore[arg-type]
-        found, tokens = rank_blocks(batch.packing, rank, case.device), batch.packing.layout.shard_length
+        found = rank_blocks(batch.packing, rank, case.device, heads_per_key=case.heads // case.kv_heads)
+        tokens = batch.packing.layout.shard_length
         route = "exchange" if batch.packing.exchange_is_cheaper() else "ring"
     tensors = case.tensors(tokens)
 

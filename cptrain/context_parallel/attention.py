@@ -18,7 +18,7 @@ from cptrain.context_parallel.carrier import Alone, Carrier, accumulator_dtype, 
 from cptrain.context_parallel.compute import Backward, Forward
 from cptrain.context_parallel.exchange import Exchange
 from cptrain.context_parallel.groups import Groups
-from cptrain.context_parallel.hops import num_needed_keys
+from cptrain.context_parallel.hops import hops_at_once, num_needed_keys, ring_pace
 from cptrain.context_parallel.kernels import Kernel, choose_kernel
 from cptrain.context_parallel.layout import Layout, make_layout
 from cptrain.context_parallel.mask import Mask
@@ -63,13 +63,24 @@ class Route:
         packed = decode(packing)
         return packed.layout, packed.mask(window)
 
-    def carrier(self, layout: Layout, mask: Mask) -> Carrier:
-        """What carries the keys of a sequence that is cut in this way under this mask."""
+    def carrier(self, layout: Layout, mask: Mask, device_type: str, heads_per_key: int) -> Carrier:
+        """What carries the keys of a sequence that is cut in this way under this mask.
+
+        heads_per_key: query heads that share a key head.
+        """
         if self.num_ranks == 1:
             return Alone(layout, mask)
         groups = self.groups
         if self.method == "exchange" or (mask.documents is None and sends_needed_only(layout, mask)):
-            return Exchange(layout, mask, group=groups.ring, grad_group=groups.ring_grad, overlap=self.overlap)
+            fast = groups.is_fast and groups.inner == groups.ring
+            return Exchange(
+                layout,
+                mask,
+                group=groups.ring,
+                grad_group=groups.ring_grad,
+                at_once=hops_at_once(layout, device_type, heads_per_key=heads_per_key, fast=fast),
+                overlap=self.overlap,
+            )
         if self.method == "all_gather":
             return AllGather(layout, mask, group=groups.ring, overlap=self.overlap)
         return Ring(
@@ -79,7 +90,7 @@ class Route:
             outer=groups.outer,
             inner_grad=groups.inner_grad,
             outer_grad=groups.outer_grad,
-            near=bool(groups.near),
+            pace=ring_pace(layout, device_type, heads_per_key=heads_per_key, fast=groups.is_fast),
             overlap=self.overlap,
         )
 
@@ -125,7 +136,8 @@ def attention(
     packing: the documents of the batch (see [Note: a packing is data]), whose rows then follow one another in T: B = 1.
     """
     plan = Route.decode(route)
-    carrier = plan.carrier(*plan.layout_and_mask(k.size(2), packing, causal=causal, window=window))
+    cut = plan.layout_and_mask(k.size(2), packing, causal=causal, window=window)
+    carrier = plan.carrier(*cut, k.device.type, q.size(1) // k.size(1))
     kernel = _kernel(plan, k, v, packed=packing is not None)
     q, k, v = (arranged(x) for x in (q, k, v))
     forward = Forward(kernel, q, num_kv_heads=k.size(1), value_dim=v.size(-1), causal=causal, scale=scale)
@@ -169,7 +181,8 @@ def attention_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk, dv of `attention`, shaped and typed as q, k, v."""
     plan = Route.decode(route)
-    carrier = plan.carrier(*plan.layout_and_mask(k.size(2), packing, causal=causal, window=window))
+    cut = plan.layout_and_mask(k.size(2), packing, causal=causal, window=window)
+    carrier = plan.carrier(*cut, k.device.type, q.size(1) // k.size(1))
     kernel = _kernel(plan, k, v, packed=packing is not None)
     dout, q, k, v = (arranged(x) for x in (dout, q, k, v))
     backward = Backward(kernel, (dout, q, out, lse), num_kv_heads=k.size(1), causal=causal, scale=scale)

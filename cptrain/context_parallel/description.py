@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from cptrain.context_parallel.attention import sends_needed_only
-from cptrain.context_parallel.hops import batches, ring_hops_at_once
+from cptrain.context_parallel.hops import batches, ring_pace
 from cptrain.context_parallel.layout import Layout
 from cptrain.context_parallel.mask import Mask
 from cptrain.context_parallel.traffic import Call, Traffic, attention_traffic
@@ -86,16 +86,18 @@ def _sent(plan: ContextParallel, mask: Mask, seq_len: int, call: Call) -> list[s
     lines = [f"forward sends {_messages(forward)}", f"backward sends {_messages(backward)}"]
     if plan.ring_degree > 1 and plan.method != "all_gather" and not sends_needed_only(layout, mask):
         largest = max(message.num_bytes for message in forward if message.kind == "send")
-        lines.append(f"{_num_key_buffers(plan, layout)} key buffers of {_size(largest)}")
+        lines.append(f"{_num_key_buffers(plan, layout, call)} key buffers of {_size(largest)}")
     return lines
 
 
-def _num_key_buffers(plan: ContextParallel, layout: Layout) -> int:
+def _num_key_buffers(plan: ContextParallel, layout: Layout, call: Call) -> int:
     """At most: held and arriving ones, copies of hops computed together, of a double ring what leaves and comes."""
     double = 1 < plan.ring_inner_degree < plan.ring_degree
     size = plan.ring_inner_degree if double else plan.ring_degree
-    at_once = ring_hops_at_once(layout, plan.mesh.device_type, near=bool(plan._groups.near))
-    sizes = [len(batch) for batch in batches(range(size), at_once)]
+    pace = ring_pace(
+        layout, plan.mesh.device_type, heads_per_key=call.heads // call.kv_heads, fast=plan._groups.is_fast
+    )
+    sizes = [len(batch) for batch in batches(range(size), pace)]
     copies = max(sizes) if max(sizes) > 1 else 0
     return max(sum(pair) for pair in pairwise(sizes)) + copies + (2 if double else 0)
 

@@ -29,7 +29,7 @@ from cptrain.context_parallel.carrier import (
     new_sums,
     unpack,
 )
-from cptrain.context_parallel.hops import Group, Hop, groups_of, hops_at_once, num_tokens
+from cptrain.context_parallel.hops import Group, Hop, groups_of, num_tokens
 from cptrain.context_parallel.launches import Ranges, accumulate, copy_ranges
 from cptrain.context_parallel.layout import Layout
 from cptrain.context_parallel.mask import Mask
@@ -37,16 +37,20 @@ from cptrain.distributed.transport import Messenger, group_rank, group_size
 
 
 class Exchange:
-    """Carries needed keys straight from owner to reader over `group`, and gradients back over `grad_group`."""
+    """Carries needed keys straight from owner to reader over `group`, and gradients back over `grad_group`.
 
-    def __init__(self, layout: Layout, mask: Mask, *, group: str, grad_group: str, overlap: bool) -> None:
+    at_once: hops that are computed together.
+    """
+
+    def __init__(self, layout: Layout, mask: Mask, *, group: str, grad_group: str, at_once: int, overlap: bool) -> None:
         assert group_size(group) == layout.num_ranks
+        self._at_once = at_once
         self._layout, self._mask, self._rank = layout, mask, group_rank(group)
         self._messenger = Messenger(group, overlap=overlap)
         self._grad_messenger = Messenger(grad_group, overlap=overlap)
 
     def forward(self, k: torch.Tensor, v: torch.Tensor, compute: Callable[[Piece], None]) -> torch.Tensor:
-        self._visit(self._groups(k, empty=False), k, v, lambda piece, group: compute(piece))
+        self._visit(self._groups(empty=False), k, v, lambda piece, group: compute(piece))
         return k.new_empty(0)
 
     def backward(
@@ -75,13 +79,13 @@ class Exchange:
                 message = sums if len(group.hops) == 1 else _packed(place, *unpack(sums, *shapes))
                 homecoming.append((hop.outgoing, self._send_back(hop, message, k, v)))
 
-        self._visit(self._groups(k, empty=True), k, v, visit)
+        self._visit(self._groups(empty=True), k, v, visit)
         take_home()
         return total
 
-    def _groups(self, k: torch.Tensor, *, empty: bool) -> list[Group]:
+    def _groups(self, *, empty: bool) -> list[Group]:
         """This rank's groups of hops; empty: also those that move nothing here."""
-        groups = groups_of(self._layout, self._mask, self._rank, hops_at_once(self._layout, k.device.type))
+        groups = groups_of(self._layout, self._mask, self._rank, self._at_once)
         return [group for group in groups if empty or group.hops]
 
     def _visit(

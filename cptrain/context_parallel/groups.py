@@ -7,7 +7,9 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from cptrain.distributed.transport import check_same_groups, on_one_host, resolve, warm_up
+from cptrain.distributed.transport import check_same_groups, link_speed, warm_up
+
+FAST = 120e9  # bytes/s of a link: NVLink gives 200e9 and more, PCIe and a network's card 50e9 and less
 
 
 class Groups(NamedTuple):
@@ -23,7 +25,12 @@ class Groups(NamedTuple):
     inner_grad: str = ""
     outer: str = ""
     outer_grad: str = ""
-    near: str = ""  # "near" if all ranks of `inner` are on one host
+    link: str = ""  # "fast" if the links between neighbours of `inner` are
+
+    @property
+    def is_fast(self) -> bool:
+        """Whether keys of many hops come round `inner` while few are computed."""
+        return self.link == "fast"
 
 
 def make_groups(ring: dist.ProcessGroup, inner_degree: int, device: torch.device) -> Groups:
@@ -43,7 +50,7 @@ def make_groups(ring: dist.ProcessGroup, inner_degree: int, device: torch.device
     check_same_groups(ring, device)
     ring_name, ring_grad = ring.group_name, _new_group(ranks, device)
     if inner == ranks:
-        return Groups(ring_name, ring_grad, inner=ring_name, inner_grad=ring_grad, near=_near(ring_name, device))
+        return Groups(ring_name, ring_grad, inner=ring_name, inner_grad=ring_grad, link=_link(ring_name, device))
     inner_name = _new_group(inner, device)
     return Groups(
         ring_name,
@@ -52,12 +59,13 @@ def make_groups(ring: dist.ProcessGroup, inner_degree: int, device: torch.device
         inner_grad=_new_group(inner, device),
         outer=_new_group(outer, device),
         outer_grad=_new_group(outer, device),
-        near=_near(inner_name, device),
+        link=_link(inner_name, device),
     )
 
 
-def _near(group: str, device: torch.device) -> str:
-    return "near" if on_one_host(resolve(group), device) else ""
+def _link(group: str, device: torch.device) -> str:
+    # One of two classes that are far apart: what is computed in which order must not differ from run to run.
+    return "fast" if link_speed(group, device) >= FAST else ""
 
 
 def _new_group(ranks: list[int], device: torch.device) -> str:

@@ -6,11 +6,20 @@ Which keys these are follows from layout and mask alone, so every rank knows wit
 Many ranks and small shards make many small blocks, each of which costs: on CUDA half a millisecond of the host where it
 is small, passes over memory that merge outputs and add gradients up, and what a kernel prepares anew. There, hops that
 bring few keys are computed together, their keys put in the order of the sequence: what lay side by side there does so
-again, and a chunk of queries meets all of it in one block. On an H100 a ring of 8 at 8,192 tokens takes 6 % less time
-for it, forward and with backward (four hops together, 32:8 heads of 128, bf16, cuDNN). On CPU the copies cost more than
-it saves (3 to 8 %, at 2,048 tokens per rank). Bytes are the same either way. All ranks take the same hops together,
-whatever these move: a rank that waited for gradients of few hops, from one that first waits for the keys of many, would
-wait for ever.
+again, and a chunk of queries meets all of it in one block. On an H200 a ring of 8 at 8,192 tokens takes 6 % less time
+for it, forward and with backward (its own hop, then all seven others; 32:8 heads of 128, bf16, cuDNN). On CPU the
+copies cost more than it saves (3 to 8 %, at 2,048 tokens per rank). Bytes are the same either way. All ranks take the
+same hops together, whatever these move: a rank that waited for gradients of few hops, from one that first waits for the
+keys of many, would wait for ever.
+
+[Note: the pace of a ring]
+Keys of a batch of hops travel while the batch before it is computed, so it may be larger by as much as a block takes
+longer than its message. A hop is T^2/2 pairs of tokens, 2 H D T^2 FLOPs forward, and brings 4 Hk D T bytes (half
+precision): at F FLOP/s and W bytes/s a block takes (H / Hk) T W / (2 F) as long. On an H100 or H200 (F 600e12 with
+cuDNN, W 370e9 by NVLink) that is (H / Hk) T / 3,200: 10 for 8,192 tokens and four query heads per key head. GPUs with
+other kernels or links of their age stay on the safe side of it (A100: 1,440). Backward, gradients have twice the bytes
+and blocks three times the time. Over a network at best one hop hides behind another, and behind PCIe none: there every
+hop goes by itself.
 """
 
 from __future__ import annotations
@@ -26,7 +35,8 @@ from cptrain.context_parallel.mask import Mask
 from cptrain.context_parallel.schedule import Block, blocks, needed
 
 ENOUGH_KEYS = 16_384  # tokens that hops taken together may bring: more would only take memory
-ENOUGH_KEYS_NEAR = 32_768  # of a ring whose ranks are on one host
+FAST_GROUP = 2  # over a fast link so many times as many; more where more query heads share what a key head takes
+TOKENS_PER_MESSAGE = 3_200  # of one query head per key head, whose block takes as long as its message; see the note
 COPIES_ARE_DEAR = frozenset({"cpu"})  # devices on which every hop is computed by itself
 
 
@@ -40,6 +50,13 @@ class Together(NamedTuple):
     needed: tuple[Ranges, ...]
     places: tuple[Ranges, ...]
     blocks: tuple[Block, ...]
+
+
+class Pace(NamedTuple):
+    """How many hops of a ring are computed together: one, then up to `growth` times as many as before, to `at_once`."""
+
+    at_once: int = 1
+    growth: int = 1
 
 
 class Hop(NamedTuple):
@@ -72,22 +89,23 @@ def num_needed_keys(layout: Layout, mask: Mask) -> int:
     )
 
 
-def hops_at_once(layout: Layout, device_type: str) -> int:
-    """How many hops are computed together, on all ranks alike."""
-    return _at_once(layout, device_type, ENOUGH_KEYS)
+def hops_at_once(layout: Layout, device_type: str, *, heads_per_key: int = 1, fast: bool = False) -> int:
+    """How many hops are computed together, on all ranks alike.
 
-
-def ring_hops_at_once(layout: Layout, device_type: str, *, near: bool) -> int:
-    """The same of a ring; near: whether its ranks are on one host.
-
-    Gradients of several hops follow one another only after all of these are computed, and keys of several hops must
-    come during few: over a network, which at best hides what a hop sends behind its block, that would show.
+    heads_per_key: query heads that share a key head. fast: whether the link is (see `transport.is_fast`).
     """
-    return _at_once(layout, device_type, ENOUGH_KEYS_NEAR if near else 0)
+    if device_type in COPIES_ARE_DEAR:
+        return 1
+    enough = ENOUGH_KEYS * (max(FAST_GROUP, heads_per_key) if fast else 1)
+    return max(1, enough // layout.shard_length)
 
 
-def _at_once(layout: Layout, device_type: str, enough: int) -> int:
-    return 1 if device_type in COPIES_ARE_DEAR else max(1, enough // layout.shard_length)
+def ring_pace(layout: Layout, device_type: str, *, heads_per_key: int, fast: bool) -> Pace:
+    """The same of a ring, over whose slower links every hop goes by itself; see [Note: the pace of a ring]."""
+    if not fast:
+        return Pace()
+    at_once = hops_at_once(layout, device_type, heads_per_key=heads_per_key, fast=True)
+    return Pace(at_once, max(2, heads_per_key * layout.shard_length // TOKENS_PER_MESSAGE))
 
 
 @lru_cache(maxsize=256)
@@ -108,16 +126,13 @@ def groups_of(layout: Layout, mask: Mask, rank: int, at_once: int) -> tuple[Grou
     return tuple(groups)
 
 
-def batches(hops: Sequence[int], at_once: int) -> list[Sequence[int]]:
-    """Hops of a ring that are computed together: one, then up to twice as many as before, and at most so many.
-
-    Keys of a batch are on their way while the one before is computed, so a batch may not be much larger.
-    """
+def batches(hops: Sequence[int], pace: Pace) -> list[Sequence[int]]:
+    """Hops of a ring that are computed together, in order."""
     found: list[Sequence[int]] = []
     size, first = 1, 0
     while first < len(hops):
         found.append(hops[first : first + size])
-        first, size = first + size, min(2 * size, at_once)
+        first, size = first + size, min(pace.growth * size, pace.at_once)
     return found
 
 

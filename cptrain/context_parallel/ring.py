@@ -45,7 +45,7 @@ from cptrain.context_parallel.carrier import (
     pack,
     unpack,
 )
-from cptrain.context_parallel.hops import batches, ring_hops_at_once, together
+from cptrain.context_parallel.hops import Pace, batches, together
 from cptrain.context_parallel.launches import matched, take
 from cptrain.context_parallel.layout import Layout
 from cptrain.context_parallel.mask import Mask
@@ -88,7 +88,7 @@ class Ring:
     """Carries keys round `inner`, and from group to group round `outer` (names of groups; "" for a ring of one).
 
     Rank o * w + p of the layout is rank p of its inner ring and rank o of its outer ring. The grad groups have the same
-    ranks as theirs, and another communicator. near: whether the ranks of the inner ring are on one host.
+    ranks as theirs, and another communicator. pace: of the inner ring.
     """
 
     def __init__(
@@ -100,10 +100,10 @@ class Ring:
         outer: str,
         inner_grad: str,
         outer_grad: str,
-        near: bool,
+        pace: Pace,
         overlap: bool,
     ) -> None:
-        self._layout, self._mask, self._near = layout, mask, near
+        self._layout, self._mask, self._pace = layout, mask, pace
         self._inner, self._outer = _Axis(inner, overlap=overlap), _Axis(outer, overlap=overlap)
         self._inner_grad, self._outer_grad = (
             _Axis(inner_grad, overlap=overlap),
@@ -164,7 +164,7 @@ class Ring:
         start = pack(k, v)
         buffers = _Buffers(start)
         held = [start]
-        hops = batches(range(self._inner.size), ring_hops_at_once(self._layout, k.device.type, near=self._near))
+        hops = batches(range(self._inner.size), self._pace)
         for revolution in range(self._outer.size):
             goes_on = revolution < self._outer.size - 1
             following = start
@@ -194,7 +194,6 @@ class Ring:
         # Made here and not on the side: memory belongs to the stream on which it was made.
         grad_buffers = _Buffers(grad, made=(self._inner.size > 1) + 2 * (self._outer.size > 1))
         side = SideStream(k.device)
-        at_once = ring_hops_at_once(self._layout, k.device.type, near=self._near)
         leaving = arrives = None  # gradients between groups: due at the end of the revolution after their start
         for revolution in reversed(range(self._outer.size)):
             # The rank's own keys come last and are here already: they need not travel to get home.
@@ -205,7 +204,7 @@ class Ring:
                 self._outer.post(start, following, step=-1)
             incoming: torch.Tensor | None = None  # gradients that travel inside the group, beside their keys
             travelling = range(self._inner.size - 1, 0 if revolution == 0 else -1, -1)
-            hops = [*batches(travelling, at_once), *([range(1)] if revolution == 0 else [])]
+            hops = [*batches(travelling, self._pace), *([range(1)] if revolution == 0 else [])]
             for batch, after in zip_longest(hops, hops[1:], fillvalue=()):
                 arriving = self._pass_on(held[-1], sum(bool(hop or revolution) for hop in after), buffers, step=-1)
                 sources = self._sources(revolution, batch)
