@@ -11,7 +11,7 @@ from test_attention import make_plan, problem
 
 import cptrain.context_parallel.attention as operator
 from cptrain.context_parallel import kernels
-from cptrain.context_parallel.carrier import new_sums, unpack
+from cptrain.context_parallel.carrier import new_sum, unpack
 
 
 def by_token(x: torch.Tensor) -> torch.Tensor:
@@ -57,5 +57,5 @@ def test_memory_order_is_by_head_for_cpu_kernels(pool, options):
 def test_memory_order_of_messages_and_sums_is_that_of_the_device(device):
     shape = torch.Size((1, 4, 16, 8))
     message = torch.empty(2 * shape.numel(), device=device)
-    tensors = (*unpack(message, shape, shape), new_sums(torch.empty(shape, device=device), torch.float32))
+    tensors = (*unpack(message, shape, shape), new_sum(torch.empty(shape, device=device)).result())
     assert [by_head(x) for x in tensors] == [device == "cpu"] * 3

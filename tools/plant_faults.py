@@ -120,8 +120,8 @@ FAULTS = (
         "lost-gradients",
         "keys sent only where they are needed: gradients that come back are not added",
         "exchange.py",
-        "accumulate(whole, ranges, part)",
-        "accumulate(whole, (), part)",
+        "whole.add(ranges, part)",
+        "whole.add((), part)",
     ),
     Fault(
         "unpermuted-gather",
@@ -162,8 +162,8 @@ FAULTS = (
         "overwritten-rows",
         "a rectangle's result replaces that of its rows so far instead of being merged",
         "compute.py",
-        "if shape is not Shape.LOWER:",
-        "if shape is Shape.UPPER:",
+        "if not all_new:",
+        "if False:",
     ),
     Fault(
         "torn-segments",

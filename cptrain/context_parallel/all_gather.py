@@ -22,6 +22,7 @@ from cptrain.context_parallel.carrier import (
 )
 from cptrain.context_parallel.layout import Layout
 from cptrain.context_parallel.mask import Mask
+from cptrain.context_parallel.sums import Sum
 from cptrain.distributed.transport import Gathering, group_rank
 
 
@@ -46,9 +47,10 @@ class AllGather:
         to_shards, _ = _chunk_orders(self._layout, k.size(0), k.device)
 
         def visit(piece: Piece) -> None:
-            both = torch.zeros(k.size(0), 1, self._layout.length, sum(widths), dtype=wide, device=k.device)
-            of_keys, of_values = both.split(widths, -1)
+            both = torch.empty(k.size(0), 1, self._layout.length, sum(widths), dtype=wide, device=k.device)
+            of_keys, of_values = (Sum(x) for x in both.split(widths, -1))
             compute(piece, (of_keys, of_values))
+            of_keys.result(), of_values.result()
             parts = self._reordered(both, to_shards).view(self._layout.num_ranks, k.size(0), 1, k.size(2), -1)
             own = self._gathering.reduce_scatter(parts)
             for x, part in zip(total, own.split(widths, -1), strict=True):

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from cptrain.context_parallel import description, dispatch, huggingface
 from cptrain.context_parallel.attention import Route
 from cptrain.context_parallel.attention import attention as attention_operator
+from cptrain.context_parallel.carrier import arranged
 from cptrain.context_parallel.groups import Groups, make_groups
 from cptrain.context_parallel.layout import Layout, length_multiple, make_layout, nearest_multiples
 from cptrain.context_parallel.packed_batch import Entered, PackedBatch, rows_joined, rows_split
@@ -223,6 +224,7 @@ class ContextParallel:
         batch = q.size(0)
         if packing is not None:
             q, k, v = (rows_joined(x) for x in (q, k, v))
+        q, k, v = (arranged(x) for x in (q, k, v))
         out, _, _ = attention_operator(q, k, v, packing, route, is_causal, window_size or 0, scale)
         if packing is not None:
             out = self._entered.guard(rows_split(out, batch))

@@ -133,13 +133,13 @@ def attention(
 
     Shapes: q [B, H, T, D], k [B, Hk, T, D], v [B, Hk, T, Dv] local shards. Returns out [B, H, T, Dv] in the dtype of q,
     lse [B, H, T] in fp32 (fp64), and the flat keys and values, if any, from which the carrier's backward starts.
+    q, k and v best come `arranged`.
     packing: the documents of the batch (see [Note: a packing is data]), whose rows then follow one another in T: B = 1.
     """
     plan = Route.decode(route)
     cut = plan.layout_and_mask(k.size(2), packing, causal=causal, window=window)
     carrier = plan.carrier(*cut, k.device.type, q.size(1) // k.size(1))
     kernel = _kernel(plan, k, v, packed=packing is not None)
-    q, k, v = (arranged(x) for x in (q, k, v))
     forward = Forward(kernel, q, num_kv_heads=k.size(1), value_dim=v.size(-1), causal=causal, scale=scale)
     kept = carrier.forward(k, v, forward)
     out, lse = forward.result()
@@ -184,8 +184,7 @@ def attention_backward(
     cut = plan.layout_and_mask(k.size(2), packing, causal=causal, window=window)
     carrier = plan.carrier(*cut, k.device.type, q.size(1) // k.size(1))
     kernel = _kernel(plan, k, v, packed=packing is not None)
-    dout, q, k, v = (arranged(x) for x in (dout, q, k, v))
-    backward = Backward(kernel, (dout, q, out, lse), num_kv_heads=k.size(1), causal=causal, scale=scale)
+    backward = Backward(kernel, (arranged(dout), q, out, lse), num_kv_heads=k.size(1), causal=causal, scale=scale)
     dk, dv = carrier.backward(k, v, kept, backward)
     # Copies where they are views of one message, since outputs of an operator may not share a buffer.
     copy = dk.untyped_storage().data_ptr() == dv.untyped_storage().data_ptr()

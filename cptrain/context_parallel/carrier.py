@@ -9,7 +9,8 @@ schedule, so a method is right if it brings the right keys and takes their gradi
 Projections store tokens first, [B, T, H, D], and so does what the operator returns: the next reshape of the model is a
 view, and CUDA kernels read it well. On CPU a head's rows are then a power of two apart, many of them in the same few
 cache lines, and the flash kernel is 3 to 10 % slower than with heads first, forward and backward. There tensors are
-put in that order once per call, and what is sent and summed stays in it.
+put in that order once per call, before the operator, so that backward finds them in it, and what is sent and summed
+stays in it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from cptrain.context_parallel.launches import Ranges, put
 from cptrain.context_parallel.layout import Layout
 from cptrain.context_parallel.mask import Mask
 from cptrain.context_parallel.schedule import Block, shard_blocks, whole_blocks
+from cptrain.context_parallel.sums import Sum
 
 
 class Piece(NamedTuple):
@@ -35,7 +37,7 @@ class Piece(NamedTuple):
     first_head: int = 0  # of the rank's kv heads, the first one in this piece
 
 
-Sums = tuple[torch.Tensor, torch.Tensor]  # of dk and dv, in fp32 (fp64)
+Sums = tuple[Sum, Sum]  # of dk and dv, in fp32 (fp64)
 Gradients = list[tuple[slice, torch.Tensor, torch.Tensor]]  # of keys [start, stop) of a piece: dk, dv
 
 
@@ -79,11 +81,17 @@ def arranged(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous() if by_head(x.device) else x
 
 
-def new_sums(like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Zeros of this shape [B, H, T, D] in the order of what kernels return for arranged tensors."""
-    if by_head(like.device):
-        return torch.zeros(like.shape, dtype=dtype, device=like.device)
-    return new_heads(like, dtype).zero_()
+def new_sum(like: torch.Tensor) -> Sum:
+    """Of values of this shape [B, H, T, D], wide, in the order of what kernels return for arranged tensors."""
+    wide = accumulator_dtype(like.dtype)
+    return Sum(
+        torch.empty(like.shape, dtype=wide, device=like.device) if by_head(like.device) else new_heads(like, wide)
+    )
+
+
+def new_sums(k: torch.Tensor, v: torch.Tensor) -> Sums:
+    """Of gradients of k and v."""
+    return new_sum(k), new_sum(v)
 
 
 def pack(k: torch.Tensor, v: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -128,6 +136,17 @@ def add(total: tuple[torch.Tensor, torch.Tensor], gradients: Gradients) -> None:
         total[1][:, :, columns] += dv
 
 
+def summed(k: torch.Tensor, v: torch.Tensor, gradients: Gradients) -> tuple[torch.Tensor, torch.Tensor]:
+    """dk and dv of all of k and v: the block's own where there is one of all, else sums (fp32, fp64)."""
+    if len(gradients) == 1 and gradients[0][1].size(2) == k.size(2):
+        return gradients[0][1:]
+    total = new_sums(k, v)
+    for columns, *both in gradients:
+        for whole, part in zip(total, both, strict=True):
+            whole.add(((columns.start, columns.stop),), part)
+    return total[0].result(), total[1].result()
+
+
 def _as_heads(flat: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     batch, heads, length, dim = shape
     if by_head(flat.device):
@@ -152,10 +171,4 @@ class Alone:
     def backward(
         self, k: torch.Tensor, v: torch.Tensor, kept: torch.Tensor, compute: Computes
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        gradients = compute(Piece(k, v, self._blocks))
-        if len(gradients) == 1 and gradients[0][1].size(2) == k.size(2):
-            return gradients[0][1:]  # of all keys: padding has none
-        wide = accumulator_dtype(k.dtype)
-        total = new_sums(k, wide), new_sums(v, wide)
-        add(total, gradients)
-        return total
+        return summed(k, v, compute(Piece(k, v, self._blocks)))  # padding has none

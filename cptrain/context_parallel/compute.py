@@ -7,11 +7,11 @@ from functools import partial
 
 import torch
 
-from cptrain.context_parallel.carrier import Gradients, Piece, Sums, accumulator_dtype, new_heads, new_sums
+from cptrain.context_parallel.carrier import Gradients, Piece, Sums, accumulator_dtype, new_heads, new_sum, new_sums
 from cptrain.context_parallel.kernels import Kernel, backward_launch, forward_launch, packs
-from cptrain.context_parallel.launches import Launch, Ranges, accumulate, join, plan_launches, put, take
+from cptrain.context_parallel.launches import Launch, Ranges, join, plan_launches, put, take
 from cptrain.context_parallel.merging import merge
-from cptrain.context_parallel.schedule import Shape
+from cptrain.context_parallel.sums import Reached, Sum
 from cptrain.distributed.side_stream import SideStream
 
 # Gradients of so many launches of one piece are kept until the piece is done; of more, whose keys overlap, a sum.
@@ -40,7 +40,7 @@ class Forward:
             parts = take(queries, rows), take(piece.keys, launch.columns), take(piece.values, launch.columns)
             found = forward_launch(self._kernel, *parts, launch, self._scale)
             if not rows_of.begin(*found):
-                self._side.add(partial(rows_of.add, launch.shape, rows, *found), *found)
+                self._side.add(partial(rows_of.add, rows, *found), *found)
         self._side.flush()
 
     def result(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -64,7 +64,7 @@ class Backward:
     ) -> None:
         self._kernel, self._tensors, self._causal, self._scale = kernel, tensors, causal, scale  # dout, q, out, lse
         self._group = tensors[1].size(1) // num_kv_heads
-        self._dqs: dict[int, torch.Tensor] = {}
+        self._dqs: dict[int, Sum] = {}
 
     def __call__(self, piece: Piece, into: Sums | None = None) -> Gradients:
         heads = _heads(piece, self._group)
@@ -74,30 +74,32 @@ class Backward:
         gradients: Gradients = []
         sums = into
         if sums is None and (len(launches) > MOST_LAUNCHES or any(len(launch.blocks) > 1 for launch in launches)):
-            sums = new_sums(piece.keys, wide), new_sums(piece.values, wide)
+            sums = new_sums(piece.keys, piece.values)
         for launch in launches:
             rows = _rows(launch, q, self._causal)
             keys, values = take(piece.keys, launch.columns), take(piece.values, launch.columns)
             ours = (take(dout, rows), take(q, rows), keys, values, take(out, rows), take(lse, rows))
             dq, dk, dv = backward_launch(self._kernel, *ours, launch, self._scale)
             if piece.first_head not in self._dqs and dq.size(2) == q.size(2):
-                self._dqs[piece.first_head] = dq.to(wide)  # in buffers of its own
+                self._dqs[piece.first_head] = Sum.of(dq.to(wide))  # in buffers of its own
             else:
                 if piece.first_head not in self._dqs:
-                    self._dqs[piece.first_head] = new_sums(q, wide)
+                    self._dqs[piece.first_head] = new_sum(q)
                 # Not on the side: measured on an H100, that gains nothing and holds more memory.
-                accumulate(self._dqs[piece.first_head], rows, dq)
+                self._dqs[piece.first_head].add(rows, dq)
             if sums is None:
                 gradients.append((slice(*launch.columns[0]), dk, dv))
             else:
-                accumulate(sums[0], launch.columns, dk)
-                accumulate(sums[1], launch.columns, dv)
-        return gradients if sums is None or sums is into else [(slice(None), *sums)]
+                sums[0].add(launch.columns, dk)
+                sums[1].add(launch.columns, dv)
+        if sums is None or sums is into:
+            return gradients
+        return [(slice(None), sums[0].result(), sums[1].result())]
 
     def dq(self) -> torch.Tensor:
         """[B, H, T, D] in the dtype of q; 0 for queries that see nothing."""
         q = self._tensors[1]
-        return _together(list(self._dqs.values()) or [torch.zeros_like(q)], q)
+        return _together([dq.result() for dq in self._dqs.values()] or [torch.zeros_like(q)], q)
 
 
 class _Rows:
@@ -107,6 +109,7 @@ class _Rows:
         self._q, self._value_dim = q, value_dim
         self._out: torch.Tensor | None = None
         self._lse: torch.Tensor | None = None
+        self._reached = Reached(q.size(2))
 
     def begin(self, out: torch.Tensor, lse: torch.Tensor) -> bool:
         """Whether this, being the first and of every row, is the result so far, in buffers of its own.
@@ -115,14 +118,17 @@ class _Rows:
         """
         if self._out is None and out.size(2) == self._q.size(2):
             self._out, self._lse = out.to(accumulator_dtype(self._q.dtype)), lse.contiguous()
+            self._reached.add(((0, out.size(2)),))
             return True
-        self.result()
+        self._made()
         return False
 
-    def add(self, shape: Shape, rows: Ranges, out: torch.Tensor, lse: torch.Tensor) -> None:
-        """Fold in what a launch found. Lower triangles are the first to reach their rows (see `schedule.blocks`)."""
-        whole_out, whole_lse = self.result()
-        if shape is not Shape.LOWER:
+    def add(self, rows: Ranges, out: torch.Tensor, lse: torch.Tensor) -> None:
+        """Fold in what a launch found for these rows, which are apart."""
+        whole_out, whole_lse = self._made()
+        all_new, new = self._reached.add(rows)
+        if not all_new:
+            self._clear(new)
             # Views where the rows are one range, and then merged in place.
             so_far = take(whole_out, rows), take(whole_lse, rows)
             merge(*so_far, out, lse)
@@ -134,10 +140,20 @@ class _Rows:
 
     def result(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Output and log-sum-exp so far; 0 and -inf in rows that have seen no key."""
+        self._clear(self._reached.rest())
+        return self._made()
+
+    def _clear(self, rows: Ranges) -> None:
+        out, lse = self._made()
+        for start, stop in rows:
+            out[:, :, start:stop] = 0
+            lse[:, :, start:stop] = -torch.inf
+
+    def _made(self) -> tuple[torch.Tensor, torch.Tensor]:
         if self._out is None or self._lse is None:
             wide = accumulator_dtype(self._q.dtype)
-            self._out = new_heads(self._q, wide, self._value_dim).zero_()
-            self._lse = torch.full(self._q.shape[:3], -torch.inf, dtype=wide, device=self._q.device)
+            self._out = new_heads(self._q, wide, self._value_dim)
+            self._lse = torch.empty(self._q.shape[:3], dtype=wide, device=self._q.device)
         return self._out, self._lse
 
 

@@ -30,9 +30,10 @@ from cptrain.context_parallel.carrier import (
     unpack,
 )
 from cptrain.context_parallel.hops import Group, Hop, groups_of, num_tokens
-from cptrain.context_parallel.launches import Ranges, accumulate, copy_ranges
+from cptrain.context_parallel.launches import Ranges, copy_ranges
 from cptrain.context_parallel.layout import Layout
 from cptrain.context_parallel.mask import Mask
+from cptrain.context_parallel.sums import Sum
 from cptrain.distributed.transport import Messenger, group_rank, group_size
 
 
@@ -57,14 +58,14 @@ class Exchange:
         self, k: torch.Tensor, v: torch.Tensor, kept: torch.Tensor, compute: Computes
     ) -> tuple[torch.Tensor, torch.Tensor]:
         wide = accumulator_dtype(k.dtype)
-        total = new_sums(k, wide), new_sums(v, wide)
+        total = new_sums(k, v)
         homecoming: list[tuple[Ranges, torch.Tensor]] = []  # own keys, and gradients of them that are on their way
 
         def take_home() -> None:
             self._grad_messenger.wait()
             for ranges, message in homecoming:
-                for whole, part in zip(total, unpack(message, *key_shapes(num_tokens(ranges), *total)), strict=True):
-                    accumulate(whole, ranges, part)
+                for whole, part in zip(total, unpack(message, *key_shapes(num_tokens(ranges), k, v)), strict=True):
+                    whole.add(ranges, part)
             homecoming.clear()
 
         def visit(piece: Piece, group: Group | None) -> None:
@@ -72,16 +73,18 @@ class Exchange:
                 compute(piece, total)
                 return
             shapes = piece.keys.shape, piece.values.shape
-            sums = torch.zeros(sum(shape.numel() for shape in shapes), dtype=wide, device=k.device)
-            compute(piece, unpack(sums, *shapes))
+            sums = torch.empty(sum(shape.numel() for shape in shapes), dtype=wide, device=k.device)
+            of_keys, of_values = (Sum(x) for x in unpack(sums, *shapes))
+            compute(piece, (of_keys, of_values))
+            both = of_keys.result(), of_values.result()
             take_home()
             for hop, place in zip(group.hops, group.keys.places, strict=True):
-                message = sums if len(group.hops) == 1 else _packed(place, *unpack(sums, *shapes))
+                message = sums if len(group.hops) == 1 else _packed(place, *both)
                 homecoming.append((hop.outgoing, self._send_back(hop, message, k, v)))
 
         self._visit(self._groups(empty=True), k, v, visit)
         take_home()
-        return total
+        return total[0].result(), total[1].result()
 
     def _groups(self, *, empty: bool) -> list[Group]:
         """This rank's groups of hops; empty: also those that move nothing here."""

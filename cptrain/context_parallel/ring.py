@@ -36,13 +36,12 @@ from cptrain.context_parallel.carrier import (
     Computes,
     Gradients,
     Piece,
-    Sums,
     accumulator_dtype,
     add,
     cached_shard_blocks,
     collected,
-    new_sums,
     pack,
+    summed,
     unpack,
 )
 from cptrain.context_parallel.hops import Pace, batches, together
@@ -133,14 +132,13 @@ class Ring:
 
     def _whole(self, sources: tuple[int, ...], gradients: Gradients, piece: Piece) -> Gradients:
         """The same; of several sources as one for all keys of the piece."""
-        if len(sources) == 1 or (len(gradients) == 1 and gradients[0][1].size(2) == piece.keys.size(2)):
+        if len(sources) == 1:
             return gradients
-        wide = accumulator_dtype(piece.keys.dtype)
-        sums = new_sums(piece.keys, wide), new_sums(piece.values, wide)
-        add(sums, gradients)
-        return [(slice(None), *sums)]
+        return [(slice(None), *summed(piece.keys, piece.values, gradients))]
 
-    def _add(self, total: Sums, sources: tuple[int, ...], number: int, gradients: Gradients) -> None:
+    def _add(
+        self, total: tuple[torch.Tensor, torch.Tensor], sources: tuple[int, ...], number: int, gradients: Gradients
+    ) -> None:
         """Add what the gradients of the keys of these sources hold for one of them."""
         if len(sources) == 1:
             add(total, gradients)
