@@ -37,6 +37,8 @@ from attention_clock import Row, measure
 from attention_report import HEADER, Result, combine, size, write_chart, write_csv
 from simulated_group import simulated_ranks
 
+from cptrain.distributed.host_memory import keep_freed_memory
+
 
 def main(argv: list[str] | None = None) -> int:
     """0, or 1 when what was sent contradicts the formulas."""
@@ -179,6 +181,7 @@ Jobs = list[tuple[Problem, list[Variant]]]
 def simulated_rows(arguments: argparse.Namespace, jobs: Jobs) -> Iterator[list[Row]]:
     """What the asked for ranks measure of every job, one rank after another in this process."""
     torch.set_num_threads(arguments.threads)
+    keep_freed_memory()  # as cptrain.train does
     device, size = device_of(arguments, 0), arguments.simulate_ranks
     for problem, methods in jobs:
         rows = []
@@ -262,6 +265,7 @@ def run_rank(
     """The process of one rank: sends its rows of every job, or the traceback of what went wrong."""
     try:
         torch.set_num_threads(arguments.threads)
+        keep_freed_memory()
         device = device_of(arguments, rank)
         if device.type == "cuda":
             torch.cuda.set_device(device)

@@ -204,8 +204,10 @@ def time_trainer(arguments: argparse.Namespace, folder: Path) -> tuple[float, fl
     import torch
     import torch.distributed as dist
 
+    from cptrain.distributed.host_memory import keep_freed_memory
     from cptrain.train.trainer import Trainer
 
+    keep_freed_memory()  # as cptrain.train does
     clock = Clock(arguments.warmup)
     with Trainer(settings_of(arguments, folder), torch.device("cpu")) as trainer:
         if arguments.child == "torch_ring":

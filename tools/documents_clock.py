@@ -31,6 +31,7 @@ from cptrain.context_parallel.launches import Launch
 from cptrain.context_parallel.mask import CAUSAL
 from cptrain.context_parallel.packed_batch import PackedBatch
 from cptrain.context_parallel.schedule import Block, Shape
+from cptrain.distributed.host_memory import keep_freed_memory
 from cptrain.distributed.transport import recorded_messages
 
 CAUSAL_RING = "causal ring"  # zigzag that ignores documents
@@ -145,6 +146,7 @@ def run_rank(
     """The process of one rank: sends what it measured of every case, or the traceback of what went wrong."""
     try:
         torch.set_num_threads(cases[0].threads)
+        keep_freed_memory()  # as cptrain.train does
         dist.init_process_group("gloo", store=dist.FileStore(store, ranks), rank=rank, world_size=ranks)
         for case in cases:
             pipe.send(measure(case, rank))
@@ -159,6 +161,7 @@ def run_simulated(
     """The process that runs every workers-th rank, one after another: sends what `run_rank` sends."""
     try:
         torch.set_num_threads(cases[0].threads)
+        keep_freed_memory()  # as cptrain.train does
         for case in cases:
             pipe.send(measure_simulated(case, range(worker, case.ranks, workers)))
     except Exception:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 import cptrain
 from cptrain.config.error import fail
+from cptrain.distributed.host_memory import keep_freed_memory
 from cptrain.distributed.process_group import local_device, process_group
 from cptrain.train.settings import TrainSettings
 from cptrain.train.trainer import Trainer
@@ -25,6 +26,8 @@ logger = logging.getLogger("cptrain")
 def run(settings: TrainSettings) -> None:
     """Train as the settings say. What cptrain itself refuses ends the process with 2, without a traceback."""
     device = local_device()
+    if device.type == "cpu":
+        keep_freed_memory()
     with process_group(settings.comm, device):
         _start_logging(dist.get_rank())
         with _worded(ValueError, NotImplementedError):
