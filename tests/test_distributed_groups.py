@@ -22,6 +22,7 @@ from cptrain.distributed.transport import (
     Gathering,
     Message,
     Messenger,
+    Pair,
     all_to_all,
     group_rank,
     group_size,
@@ -116,23 +117,23 @@ def hops(rank: int, world: int) -> dict[str, list[int]]:
         received = []
         for step, overlap in itertools.product((1, -1), (True, False)):
             messenger, receive = Messenger(group.group_name, overlap=overlap), torch.full((3,), -1)
+            to, source = (place + step) % size, (place - step) % size
+            messenger.post(Pair(to, (torch.full((3,), rank),), source, (receive,)))
+            second, third = torch.full((2,), -1), torch.full((5,), -1)
             messenger.post(
-                send=torch.full((3,), rank), to=(place + step) % size, receive=receive, source=(place - step) % size
-            )
-            second = torch.full((2,), -1)
-            messenger.post(
-                send=torch.full((2,), rank + 10), to=(place + step) % size, receive=second, source=(place - step) % size
+                Pair(to, (torch.full((2,), rank + 10), torch.full((5,), rank + 20)), source, (second, third)),
+                Pair(to, (), source, ()),
             )
             if overlap:
                 messenger.wait()
             received.append(int(receive[0]))
-            assert second.tolist() == [received[-1] + 10] * 2  # several pairs may be under way
+            # several pairs may be under way, each of several tensors
+            assert second.tolist() == [received[-1] + 10] * 2
+            assert third.tolist() == [received[-1] + 20] * 5
             messenger.wait()  # nothing is in flight: does nothing
         found[label] = received
     one_way, receive = Messenger(groups["all"].group_name), torch.full((1,), -1)
-    one_way.post(
-        send=torch.tensor([rank]) if rank == 0 else None, to=1, receive=receive if rank == 1 else None, source=0
-    )
+    one_way.post(Pair(1, (torch.tensor([rank]),) if rank == 0 else (), 0, (receive,) if rank == 1 else ()))
     one_way.wait()
     found["one way"] = receive.tolist()
     return found
@@ -152,7 +153,7 @@ def passed_on(rank: int, world: int) -> list[int]:
     messenger = Messenger(dist.new_group(list(range(world))).group_name)
     held = [torch.full((4,), rank), *(torch.full((4,), -1) for _ in range(3))]
     for send, receive in itertools.pairwise(held):
-        messenger.post(send=send, to=(rank + 1) % world, receive=receive, source=(rank - 1) % world)
+        messenger.post(Pair((rank + 1) % world, (send,), (rank - 1) % world, (receive,)))
     messenger.wait()
     return [int(x[0]) for x in held[1:]]
 

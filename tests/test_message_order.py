@@ -14,12 +14,21 @@ from cptrain.context_parallel import exchange
 from cptrain.context_parallel.exchange import Exchange
 from cptrain.context_parallel.mask import Documents
 from cptrain.context_parallel.packing import Packing, pack
+from cptrain.distributed.transport import Pair
+
+
+class Ends(NamedTuple):
+    """Whom a rank sends to and from whom it receives; None for neither."""
+
+    to: int | None
+    source: int | None
 
 
 class Post(NamedTuple):
+    """What a rank starts at once."""
+
     kind: str
-    to: int | None
-    source: int | None
+    ends: tuple[Ends, ...]
 
 
 Half = tuple[str, int, int, int]
@@ -31,9 +40,11 @@ class Recorder:
     def __init__(self, kind: str, posts: list[Post]) -> None:
         self._kind, self._posts = kind, posts
 
-    def post(self, *, send: torch.Tensor | None, to: int, receive: torch.Tensor | None, source: int) -> None:
-        if send is not None or receive is not None:
-            self._posts.append(Post(self._kind, None if send is None else to, None if receive is None else source))
+    def post(self, *pairs: Pair) -> None:
+        ends = (Ends(pair.to if pair.send else None, pair.source if pair.receive else None) for pair in pairs)
+        moving = tuple(each for each in ends if each != (None, None))
+        if moving:
+            self._posts.append(Post(self._kind, moving))
 
     def wait(self) -> None:
         pass
@@ -80,7 +91,7 @@ def halves_of(rank: int, posts: list[Post]) -> list[set[Half]]:
     counts: Counter[tuple[str, int, int]] = Counter()
     found = []
     for post in posts:
-        ways = {(post.kind, rank, post.to), (post.kind, post.source, rank)}
+        ways = {way for to, source in post.ends for way in ((post.kind, rank, to), (post.kind, source, rank))}
         found.append({(*way, counts[way]) for way in ways if None not in way})
         counts.update(ways)
     return found
@@ -105,7 +116,7 @@ def test_message_order_of_an_exchange_lets_no_ranks_wait_for_each_other(ranks, w
 
 
 def test_message_order_that_differs_between_ranks_is_seen():
-    first = [Post("keys", 1, 1), Post("gradients", 1, 1)]
-    second = [Post(kind, 0, 0) for kind in ("gradients", "keys")]
+    first = [Post(kind, (Ends(1, 1),)) for kind in ("keys", "gradients")]
+    second = [Post(kind, (Ends(0, 0),)) for kind in ("gradients", "keys")]
     assert are_left([first, second])
     assert not are_left([first, second[::-1]])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from contextlib import ExitStack
 from typing import Any
 from unittest import mock
 
@@ -15,7 +16,7 @@ from test_attention import HEADS, problem
 from tolerance import assert_matches
 from torch.distributed.device_mesh import init_device_mesh
 
-from cptrain.context_parallel import ContextParallel, hops
+from cptrain.context_parallel import ContextParallel, carrier, hops, memory_order, parts
 from cptrain.context_parallel.packing import Packer, find_documents
 from cptrain.distributed.transport import recorded_messages
 from cptrain.parallel.activation_checkpoint import apply_activation_checkpoint
@@ -152,14 +153,26 @@ def test_packed_attention_equals_one_process_in_fp64(pool, world, name):
     pool.run(world, check_every_pack, PLANS[world][name])
 
 
-def check_hops_together(rank: int, world: int, options: dict[str, Any]) -> None:
-    with mock.patch.object(hops, "COPIES_ARE_DEAR", frozenset()):
+def check_hops_together(rank: int, world: int, options: dict[str, Any], by_head: bool) -> None:
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(hops, "COPIES_ARE_DEAR", frozenset()))
+        for module in (memory_order, carrier, parts):
+            stack.enter_context(mock.patch.object(module, "by_head", return_value=by_head))
         check_every_pack(rank, world, options)
 
 
-@pytest.mark.parametrize(("world", "name"), [(2, "ring"), (3, "ring"), (4, "ring, blocks in few calls"), (8, "ring")])
-def test_packed_attention_is_the_same_where_hops_are_computed_together(pool, world, name):
-    pool.run(world, check_hops_together, PLANS[world][name])
+@pytest.mark.parametrize(
+    ("world", "name", "by_head"),
+    [
+        (2, "ring", True),
+        (3, "ring", False),
+        (4, "ring, blocks in few calls", False),  # as on CUDA
+        (4, "ring, blocks in few calls", True),
+        (8, "ring", True),
+    ],
+)
+def test_packed_attention_is_the_same_where_hops_are_computed_together(pool, world, name, by_head):
+    pool.run(world, check_hops_together, PLANS[world][name], by_head)
 
 
 def check_single_rows(rank: int, world: int, options: dict[str, Any]) -> None:

@@ -87,8 +87,10 @@ def _fill(there: torch.Tensor, here: torch.Tensor | None) -> None:
     """Copy `here` into `there`, as much of it as fits; the rest is zeros."""
     target, source = there.view(-1), there.new_empty(0) if here is None else here.reshape(-1)
     copied = min(target.numel(), source.numel())
-    target[:copied].copy_(source[:copied])
-    target[copied:].zero_()
+    if copied:
+        target[:copied].copy_(source[:copied])
+    if copied < target.numel():
+        target[copied:].zero_()
 
 
 class SimulatedGroup(dist.ProcessGroup):

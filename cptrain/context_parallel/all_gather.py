@@ -18,10 +18,10 @@ from cptrain.context_parallel.carrier import (
     Piece,
     accumulator_dtype,
     cached_whole_blocks,
-    new_heads,
 )
 from cptrain.context_parallel.layout import Layout
 from cptrain.context_parallel.mask import Mask
+from cptrain.context_parallel.memory_order import new_heads
 from cptrain.context_parallel.sums import Sum
 from cptrain.distributed.transport import Gathering, group_rank
 

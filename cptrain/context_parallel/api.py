@@ -15,9 +15,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from cptrain.context_parallel import description, dispatch, huggingface
 from cptrain.context_parallel.attention import Route
 from cptrain.context_parallel.attention import attention as attention_operator
-from cptrain.context_parallel.carrier import arranged
 from cptrain.context_parallel.groups import Groups, make_groups
 from cptrain.context_parallel.layout import Layout, length_multiple, make_layout, nearest_multiples
+from cptrain.context_parallel.memory_order import arranged
 from cptrain.context_parallel.packed_batch import Entered, PackedBatch, rows_joined, rows_split
 from cptrain.context_parallel.packing import Packer, decode, find_documents, join_offsets
 from cptrain.context_parallel.refusals import (

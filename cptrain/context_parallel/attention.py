@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 
 from cptrain.context_parallel.all_gather import AllGather
-from cptrain.context_parallel.carrier import Alone, Carrier, accumulator_dtype, arranged, new_heads
+from cptrain.context_parallel.carrier import Alone, Carrier, accumulator_dtype
 from cptrain.context_parallel.compute import Backward, Forward
 from cptrain.context_parallel.exchange import Exchange
 from cptrain.context_parallel.groups import Groups
@@ -22,6 +22,7 @@ from cptrain.context_parallel.hops import hops_at_once, num_needed_keys, ring_pa
 from cptrain.context_parallel.kernels import Kernel, choose_kernel
 from cptrain.context_parallel.layout import Layout, make_layout
 from cptrain.context_parallel.mask import Mask
+from cptrain.context_parallel.memory_order import arranged, new_heads
 from cptrain.context_parallel.packing import decode
 from cptrain.context_parallel.ring import Ring
 

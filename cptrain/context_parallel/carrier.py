@@ -4,26 +4,19 @@
 A carrier brings keys and values here piece by piece and asks for each piece to be computed at the moment when the next
 one is in flight. It knows nothing of kernels; the computation knows nothing of ranks. All carriers run the same
 schedule, so a method is right if it brings the right keys and takes their gradients home.
-
-[Note: memory order]
-Projections store tokens first, [B, T, H, D], and so does what the operator returns: the next reshape of the model is a
-view, and CUDA kernels read it well. On CPU a head's rows are then a power of two apart, many of them in the same few
-cache lines, and the flash kernel is 3 to 10 % slower than with heads first, forward and backward. There tensors are
-put in that order once per call, before the operator, so that backward finds them in it, and what is sent and summed
-stays in it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import torch
 
-from cptrain.context_parallel.launches import Ranges, put
 from cptrain.context_parallel.layout import Layout
 from cptrain.context_parallel.mask import Mask
+from cptrain.context_parallel.memory_order import by_head, new_tokens
 from cptrain.context_parallel.schedule import Block, shard_blocks, whole_blocks
 from cptrain.context_parallel.sums import Sum
 
@@ -65,28 +58,9 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def new_heads(like: torch.Tensor, dtype: torch.dtype, dim: int | None = None) -> torch.Tensor:
-    """Uninitialised [B, H, T, D] stored as [B, T, H, D]: the model's next reshape is then a view."""
-    batch, heads, length, own = like.shape
-    return torch.empty(batch, length, heads, dim or own, dtype=dtype, device=like.device).transpose(1, 2)
-
-
-def by_head(device: torch.device) -> bool:
-    """Whether kernels of a device want [B, H, T, D] in this order; see [Note: memory order]."""
-    return device.type == "cpu"
-
-
-def arranged(x: torch.Tensor) -> torch.Tensor:
-    """x [B, H, T, D] in the order that kernels of its device want; itself where it is, or where they take any."""
-    return x.contiguous() if by_head(x.device) else x
-
-
 def new_sum(like: torch.Tensor) -> Sum:
     """Of values of this shape [B, H, T, D], wide, in the order of what kernels return for arranged tensors."""
-    wide = accumulator_dtype(like.dtype)
-    return Sum(
-        torch.empty(like.shape, dtype=wide, device=like.device) if by_head(like.device) else new_heads(like, wide)
-    )
+    return Sum(new_tokens(like, like.size(2), accumulator_dtype(like.dtype)))
 
 
 def new_sums(k: torch.Tensor, v: torch.Tensor) -> Sums:
@@ -107,26 +81,6 @@ def unpack(message: torch.Tensor, k_shape: torch.Size, v_shape: torch.Size) -> t
     """Views of k [B, Hk, T, Dk] and v [B, Hk, T, Dv] in a flat message, arranged for the device."""
     num_k = k_shape.numel()
     return _as_heads(message[:num_k], k_shape), _as_heads(message[num_k:], v_shape)
-
-
-def key_shapes(length: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Size, torch.Size]:
-    """Of k and v with so many tokens."""
-    first, second = (torch.Size((x.size(0), x.size(1), length, x.size(3))) for x in (k, v))
-    return first, second
-
-
-def collected(
-    num_keys: int,
-    like: tuple[torch.Tensor, torch.Tensor],
-    parts: Iterable[tuple[Ranges, tuple[torch.Tensor, torch.Tensor]]],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values, so many of them, with each part in its place, where all parts together fill them."""
-    shapes = key_shapes(num_keys, *like)
-    whole = unpack(like[0].new_empty(sum(shape.numel() for shape in shapes)), *shapes)
-    for place, part in parts:
-        for there, here in zip(whole, part, strict=True):
-            put(there, place, here)
-    return whole
 
 
 def add(total: tuple[torch.Tensor, torch.Tensor], gradients: Gradients) -> None:

@@ -7,9 +7,10 @@ from functools import partial
 
 import torch
 
-from cptrain.context_parallel.carrier import Gradients, Piece, Sums, accumulator_dtype, new_heads, new_sum, new_sums
+from cptrain.context_parallel.carrier import Gradients, Piece, Sums, accumulator_dtype, new_sum, new_sums
 from cptrain.context_parallel.kernels import Kernel, backward_launch, forward_launch, packs
 from cptrain.context_parallel.launches import Launch, Ranges, join, plan_launches, put, take
+from cptrain.context_parallel.memory_order import new_heads
 from cptrain.context_parallel.merging import merge
 from cptrain.context_parallel.sums import Reached, Sum
 from cptrain.distributed.side_stream import SideStream
@@ -94,7 +95,7 @@ class Backward:
                 sums[1].add(launch.columns, dv)
         if sums is None or sums is into:
             return gradients
-        return [(slice(None), sums[0].result(), sums[1].result())]
+        return [(slice(0, piece.keys.size(2)), sums[0].result(), sums[1].result())]
 
     def dq(self) -> torch.Tensor:
         """[B, H, T, D] in the dtype of q; 0 for queries that see nothing."""

@@ -15,26 +15,18 @@ which sends keys alone, looks ahead to the next hops that do.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
-from cptrain.context_parallel.carrier import (
-    Computes,
-    Piece,
-    accumulator_dtype,
-    cached_shard_blocks,
-    collected,
-    key_shapes,
-    new_sums,
-    unpack,
-)
+from cptrain.context_parallel.carrier import Computes, Piece, cached_shard_blocks, new_sums
 from cptrain.context_parallel.hops import Group, Hop, groups_of, num_tokens
-from cptrain.context_parallel.launches import Ranges, copy_ranges
+from cptrain.context_parallel.launches import Ranges
 from cptrain.context_parallel.layout import Layout
 from cptrain.context_parallel.mask import Mask
-from cptrain.context_parallel.sums import Sum
-from cptrain.distributed.transport import Messenger, group_rank, group_size
+from cptrain.context_parallel.memory_order import new_tokens
+from cptrain.context_parallel.parts import Parts, empty_parts, parts_of
+from cptrain.distributed.transport import Messenger, Pair, group_rank, group_size
 
 
 class Exchange:
@@ -57,14 +49,13 @@ class Exchange:
     def backward(
         self, k: torch.Tensor, v: torch.Tensor, kept: torch.Tensor, compute: Computes
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        wide = accumulator_dtype(k.dtype)
         total = new_sums(k, v)
-        homecoming: list[tuple[Ranges, torch.Tensor]] = []  # own keys, and gradients of them that are on their way
+        homecoming: list[tuple[Ranges, list[torch.Tensor]]] = []  # own keys, and gradients of them on their way here
 
         def take_home() -> None:
             self._grad_messenger.wait()
-            for ranges, message in homecoming:
-                for whole, part in zip(total, unpack(message, *key_shapes(num_tokens(ranges), k, v)), strict=True):
+            for ranges, parts in homecoming:
+                for whole, part in zip(total, parts, strict=True):
                     whole.add(ranges, part)
             homecoming.clear()
 
@@ -72,15 +63,14 @@ class Exchange:
             if group is None:
                 compute(piece, total)
                 return
-            shapes = piece.keys.shape, piece.values.shape
-            sums = torch.empty(sum(shape.numel() for shape in shapes), dtype=wide, device=k.device)
-            of_keys, of_values = (Sum(x) for x in unpack(sums, *shapes))
-            compute(piece, (of_keys, of_values))
-            both = of_keys.result(), of_values.result()
+            sums = new_sums(piece.keys, piece.values)
+            compute(piece, sums)
+            whole = tuple(x.result() for x in sums)
             take_home()
-            for hop, place in zip(group.hops, group.keys.places, strict=True):
-                message = sums if len(group.hops) == 1 else _packed(place, *both)
-                homecoming.append((hop.outgoing, self._send_back(hop, message, k, v)))
+            home = self._swap(self._grad_messenger, group.hops, whole, group.keys.places, back=True)
+            homecoming.extend(
+                (hop.outgoing, parts) for hop, *parts in zip(group.hops, *(x.tensors for x in home), strict=True)
+            )
 
         self._visit(self._groups(empty=True), k, v, visit)
         take_home()
@@ -95,56 +85,45 @@ class Exchange:
         self, groups: list[Group], k: torch.Tensor, v: torch.Tensor, visit: Callable[[Piece, Group | None], None]
     ) -> None:
         """Own keys first, then those of each group of hops, the next group always under way."""
-        under_way = [self._post(hop, k, v) for hop in groups[0].hops] if groups else []
+        under_way = self._post(groups[0], k, v) if groups else ()
         visit(Piece(k, v, cached_shard_blocks(self._layout, self._mask, self._rank, self._rank)), None)
         for number, group in enumerate(groups):
             received = under_way
             self._messenger.wait()
             if number + 1 < len(groups):
-                under_way = [self._post(hop, k, v) for hop in groups[number + 1].hops]
+                under_way = self._post(groups[number + 1], k, v)
             if group.hops:
-                visit(Piece(*self._in_order(group, received, k, v), group.keys.blocks), group)
+                keys, values = (_in_sequence(group, x) for x in received)
+                visit(Piece(keys, values, group.keys.blocks), group)
 
-    def _post(self, hop: Hop, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Start a hop; returns the buffer in which its keys arrive."""
-        send = None
-        if hop.outgoing:
-            send = _packed(hop.outgoing, k, v)
-        receive = k.new_empty(_numel(hop.incoming, k, v))
-        self._messenger.post(send=send, to=hop.reader, receive=receive if receive.numel() else None, source=hop.source)
-        return receive
+    def _post(self, group: Group, k: torch.Tensor, v: torch.Tensor) -> tuple[Parts, ...]:
+        """Start the hops of a group; returns the keys and values that arrive."""
+        return self._swap(self._messenger, group.hops, (k, v), [hop.outgoing for hop in group.hops])
 
-    def _in_order(
-        self, group: Group, received: list[torch.Tensor], k: torch.Tensor, v: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of a group of hops in the order of the sequence."""
-        if len(received) == 1:
-            return unpack(received[0], *key_shapes(group.keys.num_keys, k, v))
-        parts = (
-            (place, unpack(message, *key_shapes(num_tokens(hop.incoming), k, v)))
-            for hop, place, message in zip(group.hops, group.keys.places, received, strict=True)
-        )
-        return collected(group.keys.num_keys, (k, v), parts)
-
-    def _send_back(self, hop: Hop, send: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Start sending the gradients of a hop's keys to their owner; returns the buffer in which own ones arrive."""
-        receive = send.new_empty(_numel(hop.outgoing, k, v))
-        self._grad_messenger.post(
-            send=send if send.numel() else None,
-            to=hop.source,
-            receive=receive if receive.numel() else None,
-            source=hop.reader,
-        )
-        return receive
+    def _swap(
+        self,
+        messenger: Messenger,
+        hops: tuple[Hop, ...],
+        sent: tuple[torch.Tensor, ...],
+        ranges: Sequence[Ranges],
+        back: bool = False,
+    ) -> tuple[Parts, ...]:
+        """Start sending of each tensor the ranges of each hop to its reader, or back to its source; what will come."""
+        sends = [parts_of(x, ranges) for x in sent]
+        lengths = [num_tokens(hop.outgoing if back else hop.incoming) for hop in hops]
+        receives = tuple(empty_parts(x, lengths) for x in sent)
+        pairs = []
+        for hop, *tensors in zip(hops, *(x.messages() for x in (*sends, *receives)), strict=True):
+            out, there = (tuple(x for x in some if x.numel()) for some in (tensors[: len(sent)], tensors[len(sent) :]))
+            pairs.append(Pair(hop.source, out, hop.reader, there) if back else Pair(hop.reader, out, hop.source, there))
+        messenger.post(*pairs)
+        return receives
 
 
-def _packed(ranges: Ranges, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Keys and values (or gradients of them) of these ranges, one behind the other, as one flat message."""
-    message = k.new_empty(_numel(ranges, k, v))
-    for x, part in zip((k, v), unpack(message, *key_shapes(num_tokens(ranges), k, v)), strict=True):
-        copy_ranges(x, ranges, part)
-    return message
-
-
-def _numel(ranges: Ranges, k: torch.Tensor, v: torch.Tensor) -> int:
-    return sum(shape.numel() for shape in key_shapes(num_tokens(ranges), k, v))
+def _in_sequence(group: Group, received: Parts) -> torch.Tensor:
+    """Keys (values) of a group of hops in the order of the sequence."""
+    if len(group.hops) == 1:
+        return received.tensors[0]
+    whole = new_tokens(received.tensors[0], group.keys.num_keys)
+    received.put_into(whole, group.keys.places)
+    return whole

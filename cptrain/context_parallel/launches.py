@@ -75,22 +75,11 @@ def plan_launches(blocks: tuple[Block, ...], *, packs: bool) -> tuple[Launch, ..
 def take(x: torch.Tensor, ranges: Ranges) -> torch.Tensor:
     """x [B, H, T, D] or [B, H, T] with these ranges of T, one behind the other: a view where they are one range."""
     ranges = join(ranges)
-    if len(ranges) == 1:
-        return x[:, :, slice(*ranges[0])]
-    stored, dim = _stored(x)
-    taken = stored.index_select(dim, _index(ranges, x.device))
+    if len(ranges) <= 1:
+        return x[:, :, slice(*ranges[0]) if ranges else slice(0, 0)]
+    ordered, dim = _stored(x)
+    taken = ordered.index_select(dim, _index(ranges, x.device))
     return taken if dim == 2 else taken.transpose(1, 2)
-
-
-def copy_ranges(x: torch.Tensor, ranges: Ranges, into: torch.Tensor) -> None:
-    """Write these ranges of T of x [B, H, T, D] one behind the other into a tensor that is stored in the same order."""
-    ranges = join(ranges)
-    if len(ranges) <= MOST_SLICES:
-        for (start, stop), here in _cuts(ranges):
-            into[:, :, here] = x[:, :, start:stop]
-        return
-    stored, dim = _stored(x)
-    torch.index_select(stored, dim, _index(ranges, x.device), out=into if dim == 2 else into.transpose(1, 2))
 
 
 def put(x: torch.Tensor, ranges: Ranges, values: torch.Tensor) -> None:
@@ -100,8 +89,8 @@ def put(x: torch.Tensor, ranges: Ranges, values: torch.Tensor) -> None:
         for (start, stop), here in _cuts(ranges):
             x[:, :, start:stop] = values[:, :, here]
         return
-    stored, dim = _stored(x)
-    stored.index_copy_(dim, _index(ranges, x.device), (values if dim == 2 else values.transpose(1, 2)).to(x.dtype))
+    ordered, dim = _stored(x)
+    ordered.index_copy_(dim, _index(ranges, x.device), (values if dim == 2 else values.transpose(1, 2)).to(x.dtype))
 
 
 def accumulate(x: torch.Tensor, ranges: Ranges, values: torch.Tensor) -> None:
@@ -111,8 +100,8 @@ def accumulate(x: torch.Tensor, ranges: Ranges, values: torch.Tensor) -> None:
         for (start, stop), here in _cuts(ranges):
             x[:, :, start:stop] += values[:, :, here]
         return
-    stored, dim = _stored(x)
-    stored.index_add_(dim, _index(ranges, x.device), (values if dim == 2 else values.transpose(1, 2)).to(x.dtype))
+    ordered, dim = _stored(x)
+    ordered.index_add_(dim, _index(ranges, x.device), (values if dim == 2 else values.transpose(1, 2)).to(x.dtype))
 
 
 @lru_cache(maxsize=4096)
@@ -143,8 +132,10 @@ def join(ranges: Ranges) -> Ranges:
 
 
 def _stored(x: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """x in the order in which it lies in memory, and where T then is: operations on an index are several times slower
-    along a dim that is not in its place."""
+    """x [B, H, T, D] or [B, H, T] as it lies in memory, and where T then is.
+
+    Operations on an index are several times slower along a dim that is not in its place.
+    """
     if x.ndim == 4 and x.stride(1) < x.stride(2):
         return x.transpose(1, 2), 1
     return x, 2

@@ -39,17 +39,16 @@ from cptrain.context_parallel.carrier import (
     accumulator_dtype,
     add,
     cached_shard_blocks,
-    collected,
     pack,
-    summed,
     unpack,
 )
 from cptrain.context_parallel.hops import Pace, batches, together
-from cptrain.context_parallel.launches import matched, take
+from cptrain.context_parallel.launches import matched, put, take
 from cptrain.context_parallel.layout import Layout
 from cptrain.context_parallel.mask import Mask
+from cptrain.context_parallel.memory_order import new_tokens
 from cptrain.distributed.side_stream import SideStream
-from cptrain.distributed.transport import Messenger, group_rank, group_size
+from cptrain.distributed.transport import Messenger, Pair, group_rank, group_size
 
 
 class _Axis:
@@ -62,7 +61,7 @@ class _Axis:
     def post(self, send: torch.Tensor, receive: torch.Tensor, *, step: int) -> None:
         assert self._messenger is not None
         to, source = (self.rank + step) % self.size, (self.rank - step) % self.size
-        self._messenger.post(send=send, to=to, receive=receive, source=source)
+        self._messenger.post(Pair(to, (send,), source, (receive,)))
 
     def wait(self) -> None:
         if self._messenger is not None:
@@ -123,18 +122,11 @@ class Ring:
         if len(sources) == 1:
             return Piece(*parts[0], cached_shard_blocks(self._layout, self._mask, self._rank, *sources))
         found = together(self._layout, self._mask, self._rank, sources)
-        seen = (
-            (place, (take(keys, needed), take(values, needed)))
-            for place, needed, (keys, values) in zip(found.places, found.needed, parts, strict=True)
-            if needed
-        )
-        return Piece(*collected(found.num_keys, (k, v), seen), found.blocks)
-
-    def _whole(self, sources: tuple[int, ...], gradients: Gradients, piece: Piece) -> Gradients:
-        """The same; of several sources as one for all keys of the piece."""
-        if len(sources) == 1:
-            return gradients
-        return [(slice(None), *summed(piece.keys, piece.values, gradients))]
+        whole = new_tokens(k, found.num_keys), new_tokens(v, found.num_keys)
+        for place, needed, part in zip(found.places, found.needed, parts, strict=True):
+            for there, here in zip(whole, part, strict=True):
+                put(there, place, take(here, needed))
+        return Piece(*whole, found.blocks)
 
     def _add(
         self, total: tuple[torch.Tensor, torch.Tensor], sources: tuple[int, ...], number: int, gradients: Gradients
@@ -144,11 +136,14 @@ class Ring:
             add(total, gradients)
             return
         found = together(self._layout, self._mask, self._rank, sources)
-        needed, place = found.needed[number], found.places[number]
-        for _, *both in gradients:
-            for whole, part in zip(total, both, strict=True):
-                for ours, theirs in matched(needed, place):
-                    whole[:, :, ours] += part[:, :, theirs]
+        for columns, *both in gradients:
+            for ours, theirs in matched(found.needed[number], found.places[number]):
+                first, last = max(theirs.start, columns.start), min(theirs.stop, columns.stop)
+                if first < last:
+                    here = slice(first + ours.start - theirs.start, last + ours.start - theirs.start)
+                    there = slice(first - columns.start, last - columns.start)
+                    for whole, part in zip(total, both, strict=True):
+                        whole[:, :, here] += part[:, :, there]
 
     def _pass_on(self, held: torch.Tensor, count: int, buffers: _Buffers, *, step: int) -> list[torch.Tensor]:
         """Start so many hops, of which each sends on what the one before receives; returns what they receive."""
@@ -207,7 +202,7 @@ class Ring:
                 arriving = self._pass_on(held[-1], sum(bool(hop or revolution) for hop in after), buffers, step=-1)
                 sources = self._sources(revolution, batch)
                 piece = self._piece(sources, k, v, held)
-                gradients = self._whole(sources, compute(piece), piece)
+                gradients = compute(piece)
                 with side.after(*(x for _, *both in gradients for x in both)):
                     for number, hop in enumerate(batch):
                         if incoming is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import zip_longest
 from typing import Literal, NamedTuple
 
 import torch
@@ -67,38 +68,50 @@ def group_rank(group_name: str) -> int:
     return resolve(group_name).rank() if group_name else 0
 
 
-class Messenger:
-    """Point-to-point messages over one communicator: `post` a send and a receive, compute, then `wait`.
+class Pair(NamedTuple):
+    """What goes to rank `to` of a group, and what comes from rank `source` at the same time: tensors, maybe none."""
 
-    Several pairs may be in flight. Both directions of one go into one batch: a send that waits for a receive posted
-    later would deadlock a ring on NCCL, whose operations of one communicator run in order. With overlap=False `post`
-    itself waits, so that the worth of overlapping can be measured.
+    to: int
+    send: tuple[torch.Tensor, ...]
+    source: int
+    receive: tuple[torch.Tensor, ...]
+
+
+class Messenger:
+    """Point-to-point messages over one communicator: `post` pairs of a send and a receive, compute, then `wait`.
+
+    Several may be in flight. Both directions go into one batch: a send that waits for a receive posted later would
+    deadlock a ring on NCCL, whose operations of one communicator run in order. With overlap=False `post` itself waits,
+    so that the worth of overlapping can be measured.
     """
 
     def __init__(self, group_name: str, *, overlap: bool = True) -> None:
         self._group = resolve(group_name)
         self._overlap = overlap
         self._works: list[dist.Work] = []
-        self._held: list[torch.Tensor | None] = []
+        self._held: list[torch.Tensor] = []
 
-    def post(self, *, send: torch.Tensor | None, to: int, receive: torch.Tensor | None, source: int) -> None:
-        """Start a message to rank `to` of the group and one from rank `source`; None sends or receives nothing.
+    def post(self, *pairs: Pair) -> None:
+        """Start these messages, all at once.
 
-        Neither contiguous tensor may be written before `wait`. What a message in flight receives may be sent on.
+        No contiguous tensor of them may be written before `wait`. What a message in flight receives may be sent on.
         """
-        if send is not None and any(send is held for held in self._held) and not _in_order(send):
+        if any(x is held and not _in_order(x) for pair in pairs for x in pair.send for held in self._held):
             self.wait()
         operations = []
-        # P2P peers are global ranks, also when the group is not the world.
-        if send is not None:
-            _note("send", send.nbytes)
-            operations.append(dist.P2POp(dist.isend, send, dist.get_global_rank(self._group, to), group=self._group))
-        if receive is not None:
-            operations.append(
-                dist.P2POp(dist.irecv, receive, dist.get_global_rank(self._group, source), group=self._group)
-            )
+        for to, send, source, receive in pairs:
+            if send:
+                _note("send", sum(x.nbytes for x in send))
+            # P2P peers are global ranks, also when the group is not the world.
+            for out, there in zip_longest(send, receive):
+                if out is not None:
+                    peer = dist.get_global_rank(self._group, to)
+                    operations.append(dist.P2POp(dist.isend, out, peer, group=self._group))
+                if there is not None:
+                    peer = dist.get_global_rank(self._group, source)
+                    operations.append(dist.P2POp(dist.irecv, there, peer, group=self._group))
+            self._held += [*send, *receive]
         if operations:
-            self._held += [send, receive]
             self._works += dist.batch_isend_irecv(operations)
         if not self._overlap:
             self.wait()
@@ -181,7 +194,7 @@ def link_speed(group_name: str, device: torch.device) -> float:
     for number in range(1 + PROBES):
         if number == 1:  # the first one makes connections
             begin.record()
-        messenger.post(send=send, to=(rank + 1) % size, receive=receive, source=(rank - 1) % size)
+        messenger.post(Pair((rank + 1) % size, (send,), (rank - 1) % size, (receive,)))
         messenger.wait()
     end.record()
     end.synchronize()
