@@ -9,6 +9,7 @@ import logging
 import signal
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -361,6 +362,23 @@ def test_resume_has_a_folder_that_can_be_written_before_the_first_step(pool, set
     assert set(pool.run(2, folder_refusals, settings)) == {
         f"{__file__}: File exists; set checkpoint.folder to a folder that you may write"
     }
+
+
+def busy_refusals(rank: int, world: int, settings: TrainSettings) -> str:
+    with mock.patch("cptrain.train.folder.PATIENCE_S", 0.2):
+        with (
+            Trainer(settings, torch.device("cpu")),
+            pytest.raises(ValueError, match="writes here; wait for its end") as caught,
+        ):
+            Trainer(settings, torch.device("cpu"))
+        Trainer(settings, torch.device("cpu")).close()
+    return str(caught.value)
+
+
+def test_resume_refuses_a_folder_that_another_run_writes_into(pool, settings_of):
+    settings = settings_of("ring 2")
+    (refusal,) = set(pool.run(2, busy_refusals, settings))
+    assert refusal.startswith(f"{settings.job.folder}: process ")
 
 
 # --- validation -------------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ from cptrain.optim.schedule import learning_rate
 from cptrain.parallel.apply import apply_context_parallel, parallelise
 from cptrain.train.batch import PACKING, Counts, Shard
 from cptrain.train.environment import write_environment
-from cptrain.train.folder import make_folders
+from cptrain.train.folder import Folders
 from cptrain.train.interruption import Interruption
 from cptrain.train.precision import resolve_precision
 from cptrain.train.report import describe
@@ -69,7 +69,8 @@ class Trainer:
         first = settings.at_stage(0)
         degrees = first.degrees(self.world_size, self.shape)
         meshes = build_meshes(degrees, device, order=settings.parallelism.context_parallel_order)
-        first_rank_result(partial(make_folders, settings))
+        self.folders = Folders()
+        first_rank_result(partial(self.folders.take, settings))
         self.texts = self._open_texts()
         self.precision = resolve_precision(settings.training, device)
         self.parallel = parallelise(
@@ -237,9 +238,10 @@ class Trainer:
         self.checkpointer.save(self.step, self._state(), train_state, self.toml)
 
     def close(self) -> None:
-        """Stop the data workers and write out the metrics."""
+        """Stop the data workers, write out the metrics and leave the folder to other runs."""
         self.stage.close()
         self.metrics.close()
+        self.folders.release()
 
     def __enter__(self) -> Self:
         return self
