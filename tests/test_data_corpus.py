@@ -17,6 +17,7 @@ from cptrain.data.cache import cache_folder, publish
 from cptrain.data.corpus import Corpus, open_corpus
 from cptrain.data.prepare import prepare_corpus
 from cptrain.data.settings import DataConfig, TokenizerConfig
+from cptrain.data.sources import find_files
 from cptrain.data.tokenizer import ByteTokenizer
 
 BOS, EOS = 256, 257
@@ -227,6 +228,16 @@ def test_data_corpus_path_that_matches_nothing_is_named(tmp_path: Path, pattern:
     (tmp_path / "a.txt").write_text("a")
     with pytest.raises(ValueError, match=rf"data\.paths: .*{pattern.replace('*', '.')}.* matches no file"):
         prepared(tmp_path, source="text", paths=(str(tmp_path / "a.txt"), str(tmp_path / pattern)))
+
+
+def test_data_corpus_reads_a_file_once_by_whatever_links_it_is_matched(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / "texts" / name).write_text(name)
+    (tmp_path / "texts" / "c.txt").symlink_to("a.txt")
+    (tmp_path / "linked").symlink_to("texts")
+    found = find_files(DataConfig(source="text", paths=(f"{tmp_path}/linked/*", f"{tmp_path}/texts/*")))
+    assert found == [tmp_path / "linked" / name for name in ("a.txt", "b.txt")]
 
 
 def test_data_corpus_folder_as_path_is_told_how_to_glob(tmp_path: Path) -> None:

@@ -140,7 +140,7 @@ def packing_of(documents: Documents, layout: Layout) -> Packing:
 def rank_blocks(packing: Packing, rank: int, device_type: str = "cuda", heads_per_key: int = 1) -> list[Block]:
     """The blocks that a rank computes forward, of its own keys and of those of hops that are computed together.
 
-    With links as fast as on one host. heads_per_key: query heads that share a key head.
+    As where links are fast. heads_per_key: query heads that share a key head.
     """
     layout, mask = packing.layout, packing.mask()
     ranks = layout.num_ranks

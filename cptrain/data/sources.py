@@ -32,13 +32,14 @@ class Faults:
 
 
 def find_files(config: DataConfig) -> list[Path]:
-    """The files of the source in the order of their documents: as listed, sorted within each glob, each file once.
+    """The files of the source in the order of their documents: as listed, sorted within each glob, each file once, by
+    whatever links it is matched.
 
     ValueError naming a path that matches nothing or is a folder.
     """
     if config.source == "stdlib":
         return _stdlib_files()
-    found: dict[str, None] = {}
+    found: dict[str, str] = {}  # by what a link leads to
     for pattern in config.paths:
         matches = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
         files = [os.path.abspath(match) for match in matches if not os.path.isdir(match)]
@@ -47,8 +48,9 @@ def find_files(config: DataConfig) -> list[Path]:
         if not files:
             what = f"is a folder; write {pattern.rstrip('/')}/**/*" if matches == [pattern] else "matches no file"
             raise ValueError(f"data.paths: {pattern!r} {what} (relative paths start at {os.getcwd()})")
-        found.update(dict.fromkeys(files))
-    return [Path(file) for file in found]
+        for file in files:
+            found.setdefault(os.path.realpath(file), file)
+    return [Path(file) for file in found.values()]
 
 
 def _stdlib_files() -> list[Path]:
