@@ -372,6 +372,14 @@ def busy_refusals(rank: int, world: int, settings: TrainSettings) -> str:
         ):
             Trainer(settings, torch.device("cpu"))
         Trainer(settings, torch.device("cpu")).close()
+        # nor is it held by one that was refused for something else
+        with pytest.raises(ValueError, match="nowhere") as held:
+            Trainer(
+                dataclasses.replace(settings, data=dataclasses.replace(settings.data, paths=("nowhere",))),
+                torch.device("cpu"),
+            )
+        Trainer(settings, torch.device("cpu")).close()
+        del held
     return str(caught.value)
 
 
@@ -379,6 +387,11 @@ def test_resume_refuses_a_folder_that_another_run_writes_into(pool, settings_of)
     settings = settings_of("ring 2")
     (refusal,) = set(pool.run(2, busy_refusals, settings))
     assert refusal.startswith(f"{settings.job.folder}: process ")
+
+
+def test_resume_saves_where_the_folder_of_checkpoints_is_held_by_itself(pool, settings_of, tmp_path):
+    pool.run(2, start, settings_of("ring 2", training={"steps": 1}, checkpoint={"folder": str(tmp_path)}))
+    assert {path.name for path in tmp_path.iterdir()} >= {"step-1", "run.lock", ".lock"}
 
 
 # --- validation -------------------------------------------------------------------------------------------------------

@@ -134,7 +134,7 @@ def test_end_to_end_learns(run: Run) -> None:
 
 def test_end_to_end_leaves_its_files(run: Run) -> None:
     files = {path.name for path in run.job.iterdir()}
-    assert files == {"config.toml", "environment.json", "metrics.jsonl", "tb", "checkpoint"}
+    assert files == {"config.toml", "environment.json", "metrics.jsonl", "tb", "checkpoint", "run.lock"}
     last = run.stopped_at + 3
     kept = {path.name for path in (run.job / "checkpoint").iterdir()}
     assert kept == {f"step-{run.stopped_at}", f"step-{last}", "latest", ".lock"}

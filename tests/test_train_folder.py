@@ -93,5 +93,28 @@ def test_train_folder_without_locks_is_warned_of(tmp_path, monkeypatch, caplog):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    Folders().take(settings_in(tmp_path))
-    assert "cannot be locked (No locks available)" in caplog.text
+    folders = Folders()
+    folders.take(settings_in(tmp_path))
+    assert "has no locks (No locks available)" in caplog.text
+    folders.release()
+
+
+def test_train_folder_with_somebody_elses_lock_is_held(tmp_path, monkeypatch):
+    settings, first = settings_in(tmp_path), Folders()
+    first.take(settings)
+    first.release()
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    first.take(settings)
+    with pytest.raises(ValueError, match="writes here"):
+        Folders().take(settings)
+    first.release()
+
+
+def test_train_folder_that_is_half_taken_is_left(tmp_path):
+    (tmp_path / "file").touch()
+    beyond = settings_in(tmp_path / "runs", folder=str(tmp_path / "file" / "folder"))
+    refused, second = Folders(), Folders()
+    with pytest.raises(ValueError, match="that you may write"):
+        refused.take(beyond)
+    second.take(settings_in(tmp_path / "runs"))
+    second.release()

@@ -8,21 +8,21 @@ step-N.deleting     on its way out
 step-N.superseded   a run that resumed from before N left it behind; kept for its owner, never read again
 latest              names the newest step for people and scripts; loading looks at the folders themselves
 .lock               held while a save is running
+run.lock            held while a run is, where this folder is not in that of the run
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import itertools
 import logging
-import os
 import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from cptrain.checkpoint import files
+from cptrain.checkpoint.folder_lock import FolderLock
 
 logger = logging.getLogger("cptrain")
 
@@ -98,19 +98,15 @@ def prune(root: Path, keep_latest_k: int) -> None:
 def lock(root: Path) -> Iterator[None]:
     """Hold the folder for one save; RuntimeError if another process is saving here. Death releases it."""
     root.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(root / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    hold = FolderLock(root / ".lock")
+    if hold.take():
+        raise RuntimeError(
+            f"another process is saving a checkpoint into {root}; end it, or give this job another job.name"
+        )
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RuntimeError(
-                f"another process is saving a checkpoint into {root}; end it, or give this job another job.name"
-            ) from None
-        except OSError as error:
-            logger.warning("checkpoint: %s has no locks (%s): see to it that only one job saves there", root, error)
         yield
     finally:
-        os.close(descriptor)
+        hold.release()
 
 
 def _set_aside(path: Path, step: int) -> None:

@@ -86,20 +86,20 @@ def _sent(plan: ContextParallel, mask: Mask, seq_len: int, call: Call) -> list[s
     lines = [f"forward sends {_messages(forward)}", f"backward sends {_messages(backward)}"]
     if plan.ring_degree > 1 and plan.method != "all_gather" and not sends_needed_only(layout, mask):
         largest = max(message.num_bytes for message in forward if message.kind == "send")
-        lines.append(f"{_num_key_buffers(plan, layout, call)} key buffers of {_size(largest)}")
+        lines.append(_key_buffers(plan, layout, call, _size(largest)))
     return lines
 
 
-def _num_key_buffers(plan: ContextParallel, layout: Layout, call: Call) -> int:
+def _key_buffers(plan: ContextParallel, layout: Layout, call: Call, each: str) -> str:
     """At most: held and arriving ones, copies of hops computed together, of a double ring what leaves and comes."""
     double = 1 < plan.ring_inner_degree < plan.ring_degree
     size = plan.ring_inner_degree if double else plan.ring_degree
-    pace = ring_pace(
-        layout, plan.mesh.device_type, heads_per_key=call.heads // call.kv_heads, fast=plan._groups.is_fast
-    )
+    heads_per_key = call.heads // max(call.kv_heads, plan.ulysses_degree)
+    pace = ring_pace(layout, plan.mesh.device_type, heads_per_key=heads_per_key, fast=plan._groups.is_fast)
     sizes = [len(batch) for batch in batches(range(size), pace)]
     copies = max(sizes) if max(sizes) > 1 else 0
-    return max(sum(pair) for pair in pairwise(sizes)) + copies + (2 if double else 0)
+    text = f"{max(sum(pair) for pair in pairwise(sizes)) + copies + (2 if double else 0)} key buffers of {each}"
+    return f"{text}, hops computed together: {', '.join(map(str, sizes))}" if copies else text
 
 
 def _messages(traffic: Traffic) -> str:

@@ -92,7 +92,7 @@ def num_needed_keys(layout: Layout, mask: Mask) -> int:
 def hops_at_once(layout: Layout, device_type: str, *, heads_per_key: int = 1, fast: bool = False) -> int:
     """How many hops are computed together, on all ranks alike.
 
-    heads_per_key: query heads that share a key head. fast: whether the link is (see `transport.is_fast`).
+    heads_per_key: query heads that share a key head. fast: whether the link is (see `Groups`).
     """
     if device_type in COPIES_ARE_DEAR:
         return 1

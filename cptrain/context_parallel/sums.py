@@ -64,7 +64,7 @@ def _clear(x: torch.Tensor, ranges: Ranges) -> None:
         x[:, :, start:stop].zero_()
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=256)
 def _reach(reached: Ranges, ranges: Ranges) -> tuple[bool, Ranges, Ranges]:
     """Whether the ranges are all new and apart, which parts of them are new, and what is reached with them."""
     new = _without(_union(ranges), reached)
@@ -84,13 +84,16 @@ def _union(ranges: Ranges) -> Ranges:
 
 def _without(ranges: Ranges, taken: Ranges) -> Ranges:
     """The rows of the first ranges that are not among the second; both ascend and are apart."""
-    found = []
+    found, at = [], 0
     for start, stop in ranges:
-        for first, last in taken:
-            if first < stop and last > start:
-                if first > start:
-                    found.append((start, first))
-                start = last
+        while at < len(taken) and taken[at][1] <= start:
+            at += 1
+        here = at  # the last of those that reach in here may reach into the next one
+        while here < len(taken) and taken[here][0] < stop:
+            if taken[here][0] > start:
+                found.append((start, taken[here][0]))
+            start = taken[here][1]
+            here += 1
         if start < stop:
             found.append((start, stop))
     return tuple(found)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import glob
 import json
+import logging
 import os
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
 from cptrain.data.settings import DataConfig
+
+logger = logging.getLogger(__name__)
 
 _NAMES_KEPT = 5
 
@@ -33,13 +36,14 @@ class Faults:
 
 def find_files(config: DataConfig) -> list[Path]:
     """The files of the source in the order of their documents: as listed, sorted within each glob, each file once, by
-    whatever links it is matched.
+    whatever symbolic links it is matched.
 
     ValueError naming a path that matches nothing or is a folder.
     """
     if config.source == "stdlib":
         return _stdlib_files()
     found: dict[str, str] = {}  # by what a link leads to
+    num_matched = 0
     for pattern in config.paths:
         matches = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
         files = [os.path.abspath(match) for match in matches if not os.path.isdir(match)]
@@ -48,8 +52,11 @@ def find_files(config: DataConfig) -> list[Path]:
         if not files:
             what = f"is a folder; write {pattern.rstrip('/')}/**/*" if matches == [pattern] else "matches no file"
             raise ValueError(f"data.paths: {pattern!r} {what} (relative paths start at {os.getcwd()})")
+        num_matched += len(files)
         for file in files:
             found.setdefault(os.path.realpath(file), file)
+    if left_out := num_matched - len(found):
+        logger.info(f"data.paths: {left_out} of {num_matched} matches are files that are matched before; read once")
     return [Path(file) for file in found.values()]
 
 

@@ -4,7 +4,7 @@
 A step frees and allocates the same sizes again and again. glibc hands the end of its heap back to the system, and large
 blocks always, so that every page of the next tensor is fetched and cleared anew: a quarter of a microsecond each, and
 up to two on a virtual machine. Kept, a step of the debug preset on two ranks takes 2 to 3 % less, and attention over
-packs of 16K tokens, one of 8 ranks, 5 to 8 %. What a process holds at most does not change.
+packs of 16K tokens, one of 8 ranks, 5 to 8 %. What a process holds at most was the same.
 """
 
 from __future__ import annotations

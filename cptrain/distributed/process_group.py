@@ -70,6 +70,10 @@ def first_rank_result(work: Callable[[], Result]) -> Result:
         except (ValueError, RuntimeError, OSError) as error:
             outcome = [None, error]
     dist.broadcast_object_list(outcome, src=0)
-    if isinstance(outcome[1], Exception):
-        raise outcome[1]
-    return outcome[0]  # type: ignore[return-value]
+    result, refusal = outcome
+    if isinstance(refusal, Exception):
+        try:
+            raise refusal
+        finally:
+            del outcome, refusal  # or the error would hold this frame, which holds the error, and all frames above
+    return result  # type: ignore[return-value]

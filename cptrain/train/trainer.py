@@ -8,7 +8,7 @@ import math
 import random
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
 from typing import Any, Self
@@ -71,47 +71,50 @@ class Trainer:
         meshes = build_meshes(degrees, device, order=settings.parallelism.context_parallel_order)
         self.folders = Folders()
         first_rank_result(partial(self.folders.take, settings))
-        self.texts = self._open_texts()
-        self.precision = resolve_precision(settings.training, device)
-        self.parallel = parallelise(
-            self.shape,
-            meshes,
-            parallelism=first.parallelism,
-            layout=settings.layout,
-            activation_checkpoint=settings.activation_checkpoint,
-            compile=settings.compile,
-            precision=self.precision,
-            seed=settings.debug.seed,
-        )
-        self.model = self.parallel.model
-        self.plan = Plan(first.parallelism, meshes, self.parallel.context)
-        self.optimizer = build_optimizer(self.model, settings.optimizer)
-        self.startup_check = StartupCheck(
-            self.shape, tp=degrees.tp, dtype=self.precision.param, enabled=settings.debug.startup_check
-        )
+        with ExitStack() as if_refused:
+            if_refused.callback(self.folders.release)
+            self.texts = self._open_texts()
+            self.precision = resolve_precision(settings.training, device)
+            self.parallel = parallelise(
+                self.shape,
+                meshes,
+                parallelism=first.parallelism,
+                layout=settings.layout,
+                activation_checkpoint=settings.activation_checkpoint,
+                compile=settings.compile,
+                precision=self.precision,
+                seed=settings.debug.seed,
+            )
+            self.model = self.parallel.model
+            self.plan = Plan(first.parallelism, meshes, self.parallel.context)
+            self.optimizer = build_optimizer(self.model, settings.optimizer)
+            self.startup_check = StartupCheck(
+                self.shape, tp=degrees.tp, dtype=self.precision.param, enabled=settings.debug.startup_check
+            )
 
-        self.step = 0
-        self.tokens_seen = 0
-        gloo = dist.new_group(backend="gloo") if self.world_size > 1 else None
-        self.checkpointer = Checkpointer(settings.checkpoint, settings.job.folder, gloo, mesh=asdict(degrees))
-        self.toml = dump(settings)
-        data_of_checkpoint = self._resume()
-        self.stage_index = settings.stage_of(self.step + 1)
-        self.stage = self._make_stage()
-        check_same_data(self.stage.windows.identity(), data_of_checkpoint, job=settings.job.name)
-        self.metrics = Metrics(
-            settings.metrics,
-            folder=settings.job.folder,
-            rank=self.rank,
-            num_devices=self.world_size,
-            device=device,
-            compute_dtype=self.precision.param,
-            total_steps=settings.training.steps,
-            resumed_step=self.step,
-            toml=self.toml,
-        )
-        if self.rank == 0:
-            self._introduce()
+            self.step = 0
+            self.tokens_seen = 0
+            gloo = dist.new_group(backend="gloo") if self.world_size > 1 else None
+            self.checkpointer = Checkpointer(settings.checkpoint, settings.job.folder, gloo, mesh=asdict(degrees))
+            self.toml = dump(settings)
+            data_of_checkpoint = self._resume()
+            self.stage_index = settings.stage_of(self.step + 1)
+            self.stage = self._make_stage()
+            check_same_data(self.stage.windows.identity(), data_of_checkpoint, job=settings.job.name)
+            self.metrics = Metrics(
+                settings.metrics,
+                folder=settings.job.folder,
+                rank=self.rank,
+                num_devices=self.world_size,
+                device=device,
+                compute_dtype=self.precision.param,
+                total_steps=settings.training.steps,
+                resumed_step=self.step,
+                toml=self.toml,
+            )
+            if self.rank == 0:
+                self._introduce()
+            if_refused.pop_all()
 
     def train(self) -> str:
         """Run until training.steps, or until a signal on any rank; returns the signal's name, or ""."""
@@ -239,9 +242,11 @@ class Trainer:
 
     def close(self) -> None:
         """Stop the data workers, write out the metrics and leave the folder to other runs."""
-        self.stage.close()
-        self.metrics.close()
-        self.folders.release()
+        try:
+            self.stage.close()
+            self.metrics.close()
+        finally:
+            self.folders.release()
 
     def __enter__(self) -> Self:
         return self
