@@ -144,7 +144,7 @@ def attention(
     forward = Forward(kernel, q, num_kv_heads=k.size(1), value_dim=v.size(-1), causal=causal, scale=scale)
     kept = carrier.forward(k, v, forward)
     out, lse = forward.result()
-    return _stored_by_token(out), lse, kept
+    return _returned(out, q.dtype), lse, kept
 
 
 def _kernel(plan: Route, k: torch.Tensor, v: torch.Tensor, *, packed: bool) -> Kernel:
@@ -153,9 +153,14 @@ def _kernel(plan: Route, k: torch.Tensor, v: torch.Tensor, *, packed: bool) -> K
     )
 
 
-def _stored_by_token(x: torch.Tensor) -> torch.Tensor:
-    """x [B, H, T, D] stored as [B, T, H, D], which is what the operator's fake promises; a copy only if it is not."""
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
+def _returned(x: torch.Tensor, dtype: torch.dtype, *, shared: bool = False) -> torch.Tensor:
+    """x [B, H, T, D] stored as [B, T, H, D], which is what the operator's fake promises; one copy, if it is not.
+
+    shared: its memory is also that of another result, which an operator may not return.
+    """
+    if x.dtype == dtype and x.transpose(1, 2).is_contiguous() and not shared:
+        return x
+    return new_heads(x, dtype).copy_(x)
 
 
 @attention.register_fake
@@ -187,10 +192,9 @@ def attention_backward(
     kernel = _kernel(plan, k, v, packed=packing is not None)
     backward = Backward(kernel, (arranged(dout), q, out, lse), num_kv_heads=k.size(1), causal=causal, scale=scale)
     dk, dv = carrier.backward(k, v, kept, backward)
-    # Copies where they are views of one message, since outputs of an operator may not share a buffer.
-    copy = dk.untyped_storage().data_ptr() == dv.untyped_storage().data_ptr()
-    dk, dv = (_stored_by_token(x.to(k.dtype, copy=copy)) for x in (dk, dv))
-    return _stored_by_token(backward.dq()), dk, dv
+    shared = dk.untyped_storage().data_ptr() == dv.untyped_storage().data_ptr()  # views of one message
+    dk, dv = (_returned(x, k.dtype, shared=shared) for x in (dk, dv))
+    return _returned(backward.dq(), q.dtype), dk, dv
 
 
 @attention_backward.register_fake

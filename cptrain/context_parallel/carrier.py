@@ -83,13 +83,6 @@ def unpack(message: torch.Tensor, k_shape: torch.Size, v_shape: torch.Size) -> t
     return _as_heads(message[:num_k], k_shape), _as_heads(message[num_k:], v_shape)
 
 
-def add(total: tuple[torch.Tensor, torch.Tensor], gradients: Gradients) -> None:
-    """Add every block's dk and dv to the keys they belong to."""
-    for columns, dk, dv in gradients:
-        total[0][:, :, columns] += dk
-        total[1][:, :, columns] += dv
-
-
 def summed(k: torch.Tensor, v: torch.Tensor, gradients: Gradients) -> tuple[torch.Tensor, torch.Tensor]:
     """dk and dv of all of k and v: the block's own where there is one of all, else sums (fp32, fp64)."""
     if len(gradients) == 1 and gradients[0][1].size(2) == k.size(2):

@@ -45,7 +45,7 @@ class Forward:
         self._side.flush()
 
     def result(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """out [B, H, T, Dv] in the dtype of q, lse [B, H, T] in fp32 (fp64)."""
+        """out [B, H, T, Dv] and lse [B, H, T], in fp32 (fp64), or out in the dtype of q."""
         self._side.join()
         outs, lses = zip(*(rows.result() for rows in self._parts.values()), strict=True)
         return _together(outs, self._q), lses[0] if len(lses) == 1 else torch.cat(lses, 1)
@@ -98,7 +98,7 @@ class Backward:
         return [(slice(0, piece.keys.size(2)), sums[0].result(), sums[1].result())]
 
     def dq(self) -> torch.Tensor:
-        """[B, H, T, D] in the dtype of q; 0 for queries that see nothing."""
+        """[B, H, T, D] in fp32 (fp64), or in the dtype of q; 0 for queries that see nothing."""
         q = self._tensors[1]
         return _together([dq.result() for dq in self._dqs.values()] or [torch.zeros_like(q)], q)
 
@@ -159,9 +159,9 @@ class _Rows:
 
 
 def _together(parts: Sequence[torch.Tensor], q: torch.Tensor) -> torch.Tensor:
-    """Parts [B, h, T, D] of the heads, in order, as one tensor in the dtype of q."""
+    """Parts [B, h, T, D] of the heads, in order, as one tensor: itself, or in the dtype of q."""
     if len(parts) == 1:
-        return parts[0].to(q.dtype)
+        return parts[0]
     whole = new_heads(q, q.dtype, parts[0].size(-1))
     for part, heads in zip(parts, whole.split([part.size(1) for part in parts], 1), strict=True):
         heads.copy_(part)

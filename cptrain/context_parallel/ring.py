@@ -37,16 +37,16 @@ from cptrain.context_parallel.carrier import (
     Gradients,
     Piece,
     accumulator_dtype,
-    add,
     cached_shard_blocks,
     pack,
     unpack,
 )
 from cptrain.context_parallel.hops import Pace, batches, together
-from cptrain.context_parallel.launches import matched, put, take
+from cptrain.context_parallel.launches import Ranges, matched, put, take
 from cptrain.context_parallel.layout import Layout
 from cptrain.context_parallel.mask import Mask
 from cptrain.context_parallel.memory_order import new_tokens
+from cptrain.context_parallel.sums import Sum
 from cptrain.distributed.side_stream import SideStream
 from cptrain.distributed.transport import Messenger, Pair, group_rank, group_size
 
@@ -128,22 +128,24 @@ class Ring:
                 put(there, place, take(here, needed))
         return Piece(*whole, found.blocks)
 
-    def _add(
-        self, total: tuple[torch.Tensor, torch.Tensor], sources: tuple[int, ...], number: int, gradients: Gradients
-    ) -> None:
+    def _add(self, total: Sequence[Sum], sources: tuple[int, ...], number: int, gradients: Gradients) -> None:
         """Add what the gradients of the keys of these sources hold for one of them."""
-        if len(sources) == 1:
-            add(total, gradients)
-            return
-        found = together(self._layout, self._mask, self._rank, sources)
+        needed: Ranges = ((0, self._layout.shard_length),)
+        places = needed
+        if len(sources) > 1:
+            found = together(self._layout, self._mask, self._rank, sources)
+            needed, places = found.needed[number], found.places[number]
         for columns, *both in gradients:
-            for ours, theirs in matched(found.needed[number], found.places[number]):
+            for ours, theirs in matched(needed, places):
                 first, last = max(theirs.start, columns.start), min(theirs.stop, columns.stop)
                 if first < last:
-                    here = slice(first + ours.start - theirs.start, last + ours.start - theirs.start)
-                    there = slice(first - columns.start, last - columns.start)
+                    shift = ours.start - theirs.start
                     for whole, part in zip(total, both, strict=True):
-                        whole[:, :, here] += part[:, :, there]
+                        whole.add(
+                            ((first + shift, last + shift),), part[:, :, first - columns.start : last - columns.start]
+                        )
+        for whole in total:
+            whole.result()
 
     def _pass_on(self, held: torch.Tensor, count: int, buffers: _Buffers, *, step: int) -> list[torch.Tensor]:
         """Start so many hops, of which each sends on what the one before receives; returns what they receive."""
@@ -183,7 +185,7 @@ class Ring:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         start, held = kept, [kept]
         buffers = _Buffers(kept)
-        grad = torch.zeros(kept.shape, dtype=accumulator_dtype(k.dtype), device=k.device)
+        grad = torch.empty(kept.shape, dtype=accumulator_dtype(k.dtype), device=k.device)
         # Made here and not on the side: memory belongs to the stream on which it was made.
         grad_buffers = _Buffers(grad, made=(self._inner.size > 1) + 2 * (self._outer.size > 1))
         side = SideStream(k.device)
@@ -210,7 +212,8 @@ class Ring:
                             self._inner_grad.wait()
                             grad_buffers.give_back(grad)
                             grad = incoming
-                        self._add(unpack(grad, k.shape, v.shape), sources, number, gradients)
+                        begin = Sum if incoming is None else Sum.of
+                        self._add([begin(x) for x in unpack(grad, k.shape, v.shape)], sources, number, gradients)
                         if hop > 0:
                             incoming = grad_buffers.take()
                             self._inner_grad.post(grad, incoming, step=-1)
@@ -227,7 +230,7 @@ class Ring:
                 if revolution > 0:
                     leaving, arrives = grad, grad_buffers.take()
                     self._outer_grad.post(leaving, arrives, step=-1)
-                    grad = grad_buffers.take().zero_()
+                    grad = grad_buffers.take()
             if goes_on:
                 self._outer.wait()
                 buffers.give_back(*{id(b): b for b in (start, *held) if b is not kept}.values())
