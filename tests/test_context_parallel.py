@@ -301,6 +301,7 @@ def batched(rank: int, world: int, speed: float, tokens_per_message: int) -> lis
         ):
             mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("ring",))
             cp = ContextParallel(mesh, ulysses=None, ring_inner_degree=inner)
+            assert cp._groups.is_fast == (speed > groups.FAST)
             inputs = qkv(4, 4, 12 * world)
             out = cp.attention(*(cp.shard(x, dim=2) for x in inputs[:3]), is_causal=True)
             assert_matches(cp.unshard(out, dim=2), one_process(*inputs)[0])

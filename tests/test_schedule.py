@@ -5,11 +5,15 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from itertools import pairwise
+from unittest import mock
 
 import pytest
 import torch
 
+import cptrain.context_parallel.attention as operator
 from cptrain.context_parallel import hops
+from cptrain.context_parallel.attention import Route
+from cptrain.context_parallel.groups import Groups
 from cptrain.context_parallel.launches import matched, put, take
 from cptrain.context_parallel.layout import Layout, Span, contiguous, zigzag
 from cptrain.context_parallel.mask import CAUSAL, FULL, Documents, Mask
@@ -149,6 +153,27 @@ def test_schedule_of_a_ring_keeps_to_the_pace_of_its_link(tokens, heads_per_key,
     assert hops.ring_pace(layout, "cuda", heads_per_key=heads_per_key, fast=True) == (at_once, growth)
     assert hops.ring_pace(layout, "cuda", heads_per_key=heads_per_key, fast=False) == (1, 1)
     assert hops.ring_pace(layout, "cpu", heads_per_key=heads_per_key, fast=True).at_once == 1
+
+
+def test_schedule_of_a_carrier_keeps_to_the_links_of_its_own_groups():
+    layout = zigzag(8, 8 * 8192)
+    ring = Groups(ring="all", inner="all")
+    double = Groups(ring="all", inner="four", outer="two")
+    found = {}
+    with mock.patch.object(operator, "Ring") as rings, mock.patch.object(operator, "Exchange") as exchanges:
+        for name, groups in {"ring": ring, "double": double}.items():
+            for link in ("fast", ""):
+                for method in ("ring", "exchange"):
+                    route = Route(method, 8, "zigzag", True, "auto", groups._replace(link=link))
+                    route.carrier(layout, CAUSAL, "cuda", 4)
+                found[name, link] = rings.call_args.kwargs["pace"], exchanges.call_args.kwargs["at_once"]
+    # of a double ring only the links inside are known to be fast, and an exchange goes everywhere
+    assert found == {
+        ("ring", "fast"): ((8, 10), 8),
+        ("ring", ""): ((1, 1), 2),
+        ("double", "fast"): ((8, 10), 2),
+        ("double", ""): ((1, 1), 2),
+    }
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 8, 15])
