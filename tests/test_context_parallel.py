@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -14,8 +15,10 @@ from tolerance import assert_matches
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from cptrain.context_parallel import ContextParallel, groups, hops
+from cptrain.context_parallel import ContextParallel, description, groups, hops
 from cptrain.context_parallel import ring as ring_carrier
+from cptrain.context_parallel.layout import zigzag
+from cptrain.context_parallel.traffic import Call
 from cptrain.context_parallel.ulysses import replicate_kv_heads
 from cptrain.distributed.transport import recorded_messages
 
@@ -288,6 +291,20 @@ def test_plan_describes_its_modules_messages_and_buffers(pool):
     gathered = texts["all_gather"].splitlines()
     assert gathered[2] == "  forward sends 2 x 768 KiB (all_gather)"
     assert gathered[3] == "  backward sends 2 x 768 KiB (all_gather), 2 x 1.5 MiB (reduce_scatter)"
+
+
+def test_plan_says_which_hops_are_computed_together_of_heads_as_ulysses_leaves_them():
+    plan = SimpleNamespace(
+        ring_degree=8,
+        ring_inner_degree=1,
+        ulysses_degree=8,
+        mesh=SimpleNamespace(device_type="cuda"),
+        _groups=groups.Groups(link="fast"),
+    )
+    # 32 query heads share 8 repeated kv heads: four times 16,384 tokens of keys at once
+    call = Call(batch=1, heads=32, kv_heads=4, key_dim=128, value_dim=128, itemsize=2)
+    text = description._key_buffers(plan, zigzag(8, 8 * 16_384), call, "1 MiB")
+    assert text == "11 key buffers of 1 MiB, hops computed together: 1, 4, 3"
 
 
 def batched(rank: int, world: int, speed: float, tokens_per_message: int) -> list[tuple[str, int]]:

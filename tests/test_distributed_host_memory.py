@@ -6,8 +6,13 @@ import os
 import platform
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
+import torch
+
+import cptrain.train.run as train_run
+from cptrain.train.settings import TrainSettings
 
 # Pages that this process fetches while it makes and frees the same 32 MiB in four tensors, ten times.
 PROGRAM = """
@@ -50,3 +55,18 @@ def test_distributed_memory_that_tensors_free_is_kept():
     assert fetched_pages("give back") > all_of_it / 2
     # who says something else in the environment is heard
     assert fetched_pages("keep", MALLOC_TRIM_THRESHOLD_="1000000") > all_of_it / 2
+
+
+@pytest.mark.parametrize(("device", "kept"), [("cpu", True), ("cuda", False)])
+def test_distributed_memory_is_kept_by_training_on_cpu(device, kept):
+    class Reached(Exception):
+        pass
+
+    stubs = {
+        "local_device": mock.Mock(return_value=torch.device(device)),
+        "process_group": mock.Mock(side_effect=Reached),
+        "keep_freed_memory": mock.Mock(),
+    }
+    with mock.patch.multiple(train_run, **stubs), pytest.raises(Reached):
+        train_run.run(TrainSettings())
+    assert stubs["keep_freed_memory"].called == kept

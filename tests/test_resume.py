@@ -366,10 +366,8 @@ def test_resume_has_a_folder_that_can_be_written_before_the_first_step(pool, set
 
 def busy_refusals(rank: int, world: int, settings: TrainSettings) -> str:
     with mock.patch("cptrain.train.folder.PATIENCE_S", 0.2):
-        with (
-            Trainer(settings, torch.device("cpu")),
-            pytest.raises(ValueError, match="writes here; wait for its end") as caught,
-        ):
+        first = Trainer(settings, torch.device("cpu"))
+        with first, pytest.raises(ValueError, match="writes here; wait for its end") as caught:
             Trainer(settings, torch.device("cpu"))
         Trainer(settings, torch.device("cpu")).close()
         # nor is it held by one that was refused for something else
@@ -379,7 +377,7 @@ def busy_refusals(rank: int, world: int, settings: TrainSettings) -> str:
                 torch.device("cpu"),
             )
         Trainer(settings, torch.device("cpu")).close()
-        del held
+        del held, first
     return str(caught.value)
 
 
