@@ -68,9 +68,9 @@ def new_sums(k: torch.Tensor, v: torch.Tensor) -> Sums:
     return new_sum(k), new_sum(v)
 
 
-def pack(k: torch.Tensor, v: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+def pack(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """k and v as one flat message. Always a copy: accumulators and messages must never alias an input."""
-    message = torch.empty(k.numel() + v.numel(), dtype=dtype or k.dtype, device=k.device)
+    message = k.new_empty(k.numel() + v.numel())
     packed_k, packed_v = unpack(message, k.shape, v.shape)
     packed_k.copy_(k)
     packed_v.copy_(v)
@@ -81,17 +81,6 @@ def unpack(message: torch.Tensor, k_shape: torch.Size, v_shape: torch.Size) -> t
     """Views of k [B, Hk, T, Dk] and v [B, Hk, T, Dv] in a flat message, arranged for the device."""
     num_k = k_shape.numel()
     return _as_heads(message[:num_k], k_shape), _as_heads(message[num_k:], v_shape)
-
-
-def summed(k: torch.Tensor, v: torch.Tensor, gradients: Gradients) -> tuple[torch.Tensor, torch.Tensor]:
-    """dk and dv of all of k and v: the block's own where there is one of all, else sums (fp32, fp64)."""
-    if len(gradients) == 1 and gradients[0][1].size(2) == k.size(2):
-        return gradients[0][1:]
-    total = new_sums(k, v)
-    for columns, *both in gradients:
-        for whole, part in zip(total, both, strict=True):
-            whole.add(((columns.start, columns.stop),), part)
-    return total[0].result(), total[1].result()
 
 
 def _as_heads(flat: torch.Tensor, shape: torch.Size) -> torch.Tensor:
@@ -118,4 +107,11 @@ class Alone:
     def backward(
         self, k: torch.Tensor, v: torch.Tensor, kept: torch.Tensor, compute: Computes
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return summed(k, v, compute(Piece(k, v, self._blocks)))  # padding has none
+        gradients = compute(Piece(k, v, self._blocks))
+        if len(gradients) == 1 and gradients[0][1].size(2) == k.size(2):
+            return gradients[0][1:]  # of all keys: padding has none
+        total = new_sums(k, v)
+        for columns, *both in gradients:
+            for whole, part in zip(total, both, strict=True):
+                whole.add(((columns.start, columns.stop),), part)
+        return total[0].result(), total[1].result()

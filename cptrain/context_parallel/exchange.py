@@ -20,8 +20,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from cptrain.context_parallel.carrier import Computes, Piece, cached_shard_blocks, new_sums
-from cptrain.context_parallel.hops import Group, Hop, groups_of, num_tokens
-from cptrain.context_parallel.launches import Ranges
+from cptrain.context_parallel.hops import Group, Hop, groups_of
+from cptrain.context_parallel.launches import Ranges, num_tokens
 from cptrain.context_parallel.layout import Layout
 from cptrain.context_parallel.mask import Mask
 from cptrain.context_parallel.memory_order import new_tokens

@@ -29,7 +29,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from cptrain.context_parallel.carrier import cached_shard_blocks
-from cptrain.context_parallel.launches import Ranges, join
+from cptrain.context_parallel.launches import Ranges, join, num_tokens
 from cptrain.context_parallel.layout import Layout, Span
 from cptrain.context_parallel.mask import Mask
 from cptrain.context_parallel.schedule import Block, blocks, needed
@@ -167,7 +167,3 @@ def _cut(spans: list[Span], ranges: Ranges) -> list[Span]:
         for start, stop in ranges
         if (length := min(stop, span.local + span.length) - max(start, span.local)) > 0
     ]
-
-
-def num_tokens(ranges: Ranges) -> int:
-    return sum(stop - start for start, stop in ranges)

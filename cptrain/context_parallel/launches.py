@@ -131,6 +131,11 @@ def join(ranges: Ranges) -> Ranges:
     return tuple(joined)
 
 
+def num_tokens(ranges: Ranges) -> int:
+    """Of all these ranges."""
+    return sum(stop - start for start, stop in ranges)
+
+
 def _stored(x: torch.Tensor) -> tuple[torch.Tensor, int]:
     """x [B, H, T, D] or [B, H, T] as it lies in memory, and where T then is.
 

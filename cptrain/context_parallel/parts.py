@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from cptrain.context_parallel.launches import Ranges, put, take
+from cptrain.context_parallel.launches import Ranges, num_tokens, put, take
 from cptrain.context_parallel.memory_order import by_head, in_order, new_tokens, stored
 
 
@@ -42,7 +42,7 @@ def parts_of(x: torch.Tensor, ranges: Sequence[Ranges]) -> Parts:
     if not _tokens_outermost(x):
         return Parts(tuple(in_order(take(x, each)) for each in ranges))
     whole = in_order(take(x, tuple(one for each in ranges for one in each)))
-    return _split(whole, [sum(stop - start for start, stop in each) for each in ranges])
+    return _split(whole, [num_tokens(each) for each in ranges])
 
 
 def empty_parts(like: torch.Tensor, lengths: Sequence[int]) -> Parts:

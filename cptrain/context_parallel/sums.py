@@ -10,7 +10,7 @@ from functools import lru_cache
 
 import torch
 
-from cptrain.context_parallel.launches import Ranges, accumulate, put
+from cptrain.context_parallel.launches import Ranges, accumulate, num_tokens, put
 
 
 class Reached:
@@ -68,7 +68,7 @@ def _clear(x: torch.Tensor, ranges: Ranges) -> None:
 def _reach(reached: Ranges, ranges: Ranges) -> tuple[bool, Ranges, Ranges]:
     """Whether the ranges are all new and apart, which parts of them are new, and what is reached with them."""
     new = _without(_union(ranges), reached)
-    return _count(new) == _count(ranges), new, _union(reached + ranges)
+    return num_tokens(new) == num_tokens(ranges), new, _union(reached + ranges)
 
 
 def _union(ranges: Ranges) -> Ranges:
@@ -97,7 +97,3 @@ def _without(ranges: Ranges, taken: Ranges) -> Ranges:
         if start < stop:
             found.append((start, stop))
     return tuple(found)
-
-
-def _count(ranges: Ranges) -> int:
-    return sum(stop - start for start, stop in ranges)

@@ -20,7 +20,8 @@ from collections import Counter
 from dataclasses import dataclass
 
 from cptrain.context_parallel.attention import sends_needed_only
-from cptrain.context_parallel.hops import needed_keys, num_tokens
+from cptrain.context_parallel.hops import needed_keys
+from cptrain.context_parallel.launches import num_tokens
 from cptrain.context_parallel.layout import Layout
 from cptrain.context_parallel.mask import Mask
 from cptrain.distributed.transport import Message

@@ -41,7 +41,7 @@ class Folders:
                         f"{folder}: {error.strerror or error}; set {key} to a folder that you may write"
                     ) from error
                 if holder:
-                    another = key.replace("dump_folder", "name")
+                    another = "job.name" if folder == settings.job.folder else key
                     raise ValueError(
                         f"{folder}: {holder} writes here; wait for its end, or set another {another} "
                         f"(if it is gone for sure, remove {folder / LOCK})"
