@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -103,7 +104,15 @@ def test_train_folder_with_somebody_elses_lock_is_held(tmp_path, monkeypatch):
     settings, first = settings_in(tmp_path), Folders()
     first.take(settings)
     first.release()
+    opened = Path.open
+
+    def as_somebody_else(path: Path, mode: str = "r", **options: str) -> IO[str]:
+        if mode == "r+":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return opened(path, mode, **options)
+
     monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr(Path, "open", as_somebody_else)
     first.take(settings)
     with pytest.raises(ValueError, match="writes here"):
         Folders().take(settings)
