@@ -23,8 +23,9 @@ cat <<END
 
 Done; everything is in $root/outputs/debug. From $root:
 
-  Go on for more steps, from the last checkpoint:
-    $train --config debug --training.steps 360
+  Go on for more steps, from the last checkpoint. The learning rate falls until lr_scheduler.total_steps, else until
+  training.steps: where that grows, say until when it was, or the rate jumps.
+    $train --config debug --training.steps 360 --lr_scheduler.total_steps 180
   Look at the curves:
     .venv/bin/tensorboard --logdir outputs
   See what else is there, and every key with its meaning:

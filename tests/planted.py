@@ -11,12 +11,11 @@ from unittest import mock
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-from cptrain.context_parallel import ContextParallel, ring
+from cptrain.context_parallel import ContextParallel, recompute, ring
 from cptrain.context_parallel.carrier import pack
 from cptrain.context_parallel.layout import Layout
 from cptrain.context_parallel.mask import Mask
 from cptrain.context_parallel.packing import Packing
-from cptrain.parallel import activation_checkpoint
 from cptrain.train import trainer
 from cptrain.train.trainer import Trainer
 
@@ -122,7 +121,7 @@ def extra_message() -> Planted:
 
 def repeated_messages() -> Planted:
     """Selective checkpointing does not know attention and recomputes it, messages included."""
-    return mock.patch.object(activation_checkpoint, "KEPT_NAMESPACE", "nothing::")
+    return mock.patch.object(recompute, "KEPT_OPERATORS", ())
 
 
 def swapped_chunks() -> Planted:

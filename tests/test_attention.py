@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from cptrain.context_parallel import ContextParallel
 from cptrain.context_parallel.hops import Pace
+from cptrain.context_parallel.packed_batch import PackedBatch
 
 # ranks -> what a plan is made with; "ring" and "ulysses" are degrees
 PLANS: dict[int, dict[str, dict[str, Any]]] = {
@@ -97,12 +98,24 @@ def single_process(q, k, v, dout, *, is_causal: bool, window_size: int | None = 
     return out.detach(), *torch.autograd.grad(out, (q, k, v), dout)
 
 
+def gathered(cp: ContextParallel | PackedBatch, *parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Each [B, h, T, D] in global order, those of one length in one message: on few cores, messages take the time."""
+    whole: dict[int, torch.Tensor] = {}
+    for length in {x.size(2) for x in parts}:
+        alike = [number for number, x in enumerate(parts) if x.size(2) == length]
+        widest = max(parts[number].size(3) for number in alike)
+        joined = torch.cat([F.pad(parts[n].detach(), (0, widest - parts[n].size(3))) for n in alike], 1)
+        found = cp.unshard(joined, dim=2).split([parts[number].size(1) for number in alike], 1)
+        whole |= {number: x[..., : parts[number].size(3)] for number, x in zip(alike, found, strict=True)}
+    return tuple(whole[number] for number in range(len(parts)))
+
+
 def sharded(cp: ContextParallel, q, k, v, dout, **options: Any):
     """The same through a plan, gathered to global order."""
     q, k, v = (cp.shard(x, dim=2).requires_grad_() for x in (q, k, v))
     out = cp.attention(q, k, v, **options)
     grads = torch.autograd.grad(out, (q, k, v), cp.shard(dout, dim=2))
-    return tuple(cp.unshard(x.detach(), dim=2) for x in (out, *grads))
+    return gathered(cp, out, *grads)
 
 
 def make_plan(
@@ -167,11 +180,17 @@ def test_attention_is_the_same_where_hops_are_computed_together(pool, world, nam
 
 
 def bf16_errors(
-    rank: int, world: int, options: dict[str, Any], device: str = "cpu", dim: int = 16
+    rank: int,
+    world: int,
+    options: dict[str, Any],
+    heads: tuple[int, int] = HEADS["gqa"],
+    *,
+    device: str = "cpu",
+    dim: int = 16,
 ) -> list[tuple[str, float, float]]:
     plan, rows = make_plan(device=device, **options), []
     for mask_name in ("causal", "full", "window 20"):
-        inputs = problem(8, 2, length=64 * world, dim=dim, dtype=torch.bfloat16, device=device)
+        inputs = problem(*heads, length=64 * world, dim=dim, dtype=torch.bfloat16, device=device)
         mask = MASKS[mask_name]
         exact = single_process(*(x.double() for x in inputs), **mask)
         single = single_process(*inputs, **mask)
@@ -187,8 +206,9 @@ def bf16_errors(
     ("world", "name"),
     [(4, "ring"), (4, "ulysses"), (4, "hybrid"), (4, "all-gather"), (4, "double ring 2 x 2"), (8, "ring")],
 )
-def test_attention_in_bf16_is_within_twice_the_single_device_error(pool, world, name):
-    for what, ours, single in pool.run(world, bf16_errors, PLANS[world][name])[0]:
+@pytest.mark.parametrize("heads", HEADS)
+def test_attention_in_bf16_is_within_twice_the_single_device_error(pool, world, name, heads):
+    for what, ours, single in pool.run(world, bf16_errors, PLANS[world][name], HEADS[heads])[0]:
         assert single > 1e-4, f"{what}: the reference shows no bf16 error, so the test compares nothing"
         assert ours <= 2 * single, f"{what}: error {ours:.2e}, one device has {single:.2e}"
 
@@ -213,6 +233,26 @@ def differing_dims(rank: int, world: int, options: dict[str, Any]) -> None:
         expected = single_process(q, k, v, dout, **mask)
         for a, e in zip(sharded(make_plan(**options), q, k, v, dout, **mask), expected, strict=True):
             assert_matches(a, e)
+
+
+def errors_under_autocast(rank: int, world: int, options: dict[str, Any]) -> list[tuple[float, float]]:
+    """Of the kernel of plain torch, which values narrower than keys take: under autocast, and without."""
+    plan, (q, k, v, dout) = make_plan(**options), problem(4, 2, length=16 * world, dim=16, dtype=torch.bfloat16)
+    q, v, dout = 16 * q, v[..., :8].contiguous(), dout[..., :8].contiguous()  # sharp: rounded scores would show
+    exact = single_process(*(x.double() for x in (q, k, v, dout)), is_causal=True)
+    found = []
+    for enabled in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            found.append(sharded(plan, q, k, v, dout, is_causal=True))
+    return [
+        tuple(float((x.double() - e).norm() / e.norm()) for x in both) for *both, e in zip(*found, exact, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(("world", "name"), [(1, "alone"), (2, "ring"), (2, "ulysses"), (2, "all-gather")])
+def test_attention_keeps_its_dtypes_under_autocast(pool, world, name):
+    for under, without in pool.run(world, errors_under_autocast, PLANS[world][name])[0]:
+        assert under == without
 
 
 @pytest.mark.parametrize("name", ["ring", "ulysses", "all-gather", "double ring 2 x 2"])

@@ -1,17 +1,18 @@
-"""The bench tools run end to end at tiny sizes, and what they count is right. Nothing here looks at a time."""
+"""The bench tools run at tiny sizes, and what they count is right. Nothing here looks at a time."""
 
 from __future__ import annotations
 
 import csv
-import os
-import subprocess
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -19,7 +20,8 @@ import torch
 from test_attention import problem
 from torch.distributed.device_mesh import init_device_mesh
 
-from cptrain.context_parallel import ContextParallel
+from cptrain.context_parallel import ContextParallel, compute, groups, hops
+from cptrain.context_parallel.kernels import choose_kernel
 
 ROOT = Path(__file__).resolve().parent.parent
 CASE = ["--seq-lens", "32", "--heads", "4:2", "--dims", "8", "--rounds", "2", "--threads", "1", "--device", "cpu"]
@@ -35,21 +37,6 @@ def tools() -> Iterator[ModuleType]:
     sys.path.remove(str(ROOT / "tools"))
 
 
-def run_tool(name: str, *arguments: str, folder: Path) -> str:
-    """What a tool prints, run from another folder as a user would."""
-    paths = [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / name), *arguments],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 def table(text: str) -> list[list[str]]:
     """The cells of every row of a Markdown table but its head."""
     rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
@@ -61,14 +48,34 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def rows_of(rank: int, world: int, argv: list[str]) -> list[list[Any]]:
+    """What one rank measures of every job."""
+    sys.path.insert(0, str(ROOT / "tools"))
+    import bench_attention
+
+    arguments = bench_attention.parse(argv)
+    return [
+        bench_attention.measured(
+            arguments, job, bench_attention.variants(arguments, job, world), torch.device("cpu"), rank
+        )
+        for job in bench_attention.problems(arguments)
+    ]
+
+
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """(what it printed, the folder it wrote) of bench_attention on two real ranks."""
+def measured(tools: ModuleType, pool, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """(what it printed, the folder it wrote) of bench_attention on two ranks, which are those of the pool.
+
+    `test_readme` runs it with processes of its own.
+    """
     folder = tmp_path_factory.mktemp("bench")
     options = ["--methods", "ring,ulysses,all_gather,hybrid", "--masks", "causal,window:6", "--dtypes", "bf16"]
-    return run_tool(
-        "bench_attention.py", *CASE, *options, "--overlap", "on,off", folder=folder
-    ), folder / "outputs/bench"
+    argv = [*CASE, *options, "--overlap", "on,off", "--out", str(folder)]
+    jobs = zip(*pool.run(2, rows_of, argv), strict=True)
+    rows = [list(chain.from_iterable(of_ranks)) for of_ranks in jobs]
+    with mock.patch.object(tools, "process_rows", return_value=rows), redirect_stdout(StringIO()) as printed:
+        assert tools.main(argv) == 0
+    return printed.getvalue(), folder
 
 
 def test_bench_attention_sends_the_bytes_of_the_formulas(measured: tuple[str, Path]) -> None:
@@ -107,6 +114,55 @@ def test_bench_attention_simulates_a_rank_that_sends_what_a_real_one_does(
     for row in simulated:
         assert row["simulated"] == "True"
         assert row["sent_bytes"] == expected[tuple(row[key] for key in keys)]
+
+
+@pytest.mark.parametrize(
+    ("device", "method", "calls", "slowest"),
+    [
+        # In zigzag all ranks have as much work. Where hops are computed together, those in the middle need a call more.
+        ("cuda", "ring", [2, 3, 3, 3, 3, 3, 3, 2], 6),
+        ("cpu", "ring", [8] * 8, 7),
+        ("cuda", "double_ring", [4, 5, 4, 4, 4, 5, 4, 4], 5),
+        ("cuda", "ulysses", [1] * 8, 7),
+    ],
+)
+def test_bench_attention_slowest_rank_is_that_with_most_calls_of_equal_work(
+    tools: ModuleType, device: str, method: str, calls: list[int], slowest: int
+) -> None:
+    from attention_cases import Problem, Variant
+    from kernel_calls import Place
+
+    job = Problem(seq_len=65536, heads=32, kv_heads=8, dim=128, dtype="bf16", mask="causal")
+    variant = Variant(method=method, ranks=8)
+    place = Place(device=device, kernel=choose_kernel(device, torch.bfloat16), dtype=torch.bfloat16, heads_per_key=4)
+    assert [variant.num_calls(job, rank, place) for rank in range(8)] == calls
+    assert variant.slowest_rank(job, device) == slowest
+
+
+@pytest.mark.parametrize("method", ["ring", "double_ring", "hybrid", "ulysses"])
+@pytest.mark.parametrize("mask", ["causal", "window:20"])
+def test_bench_attention_counts_the_kernel_calls_that_are_made(
+    tools: ModuleType, monkeypatch: pytest.MonkeyPatch, method: str, mask: str
+) -> None:
+    from attention_cases import Problem, Variant
+    from attention_clock import plan_runs
+    from kernel_calls import Place
+    from simulated_group import simulated_ranks
+
+    monkeypatch.setattr(hops, "COPIES_ARE_DEAR", frozenset())  # as on CUDA
+    monkeypatch.setattr(groups, "_link", lambda *_: "fast")
+    made: list[object] = []
+    launch = compute.forward_launch
+    monkeypatch.setattr(compute, "forward_launch", lambda *given: made.append(given) or launch(*given))
+    job = Problem(seq_len=256, heads=8, kv_heads=4, dim=8, dtype="fp32", mask=mask)
+    variant = Variant(method=method, ranks=4)
+    place = Place(device="cpu", kernel=choose_kernel("cpu", torch.float32), dtype=torch.float32, heads_per_key=2)
+    for rank in range(4):
+        with simulated_ranks(rank, 4, torch.device("cpu")):
+            plan = variant.plan(job, torch.device("cpu"))
+            made.clear()
+            plan_runs(plan, job, job.tensors(64, torch.device("cpu")))["fwd"]()
+        assert variant.num_calls(job, rank, place) == len(made) > 0
 
 
 @pytest.mark.parametrize("rank", ["0", "slowest"])
@@ -158,25 +214,67 @@ def test_bench_simulated_link_copies_and_keeps_to_its_bandwidth(tools: ModuleTyp
     assert second._due - first._due >= 0.02 - 1e-9  # one after another: 20,000 bytes at 1 MB/s
 
 
-def test_bench_step_prints_a_table(tmp_path: Path) -> None:
-    size = ["--layers", "1", "--dim", "16", "--heads", "2", "--vocab", "512", "--tokens", "32"]
-    cases = "one,two_runs,in_step,torch_ring"
-    text = run_tool(
-        "bench_step.py", "--cases", cases, *size, "--rounds", "1", "--steps", "1", "--warmup", "0", folder=tmp_path
-    )
-    rows = {row[0]: row[1:] for row in table(text)}
-    assert list(rows) == cases.split(",")
-    seconds = {name: float(row[1]) for name, row in rows.items()}
-    assert rows["one"][2:4] == ["1.000x", "-"]
+SIZES = {"layers": 1, "dim": 16, "heads": 2, "kv_heads": 0, "vocab": 512, "tokens": 32, "threads": 1}
+COUNTS = {"warmup": 0, "steps": 1, "checkpointing": "none"}
+
+
+def step_table(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *options: str
+) -> dict[str, list[str]]:
+    """The cells of the table that bench_step prints, by case."""
+    import bench_step
+
+    monkeypatch.setattr(sys, "argv", ["bench_step.py", *options])
+    bench_step.main()
+    return {row[0]: row[1:] for row in table(capsys.readouterr().out)}
+
+
+def test_bench_step_prints_a_table(
+    tools: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import bench_step
+
+    # Seconds and CPU seconds of a step in the first of three rounds, each half as fast as the one before.
+    found = {"one": (6.0, 5.0), "two_runs": (8.0, 11.0), "in_step": (10.0, 12.5), "torch_ring": (4.8, 7.5)}
+    slower = iter([1] * 4 + [2] * 4 + [4] * 4)
+
+    def measure(_: Namespace, name: str) -> tuple[float, float]:
+        times = next(slower)
+        return times * found[name][0], times * found[name][1]
+
+    monkeypatch.setattr(bench_step, "measure", measure)
+    rows = step_table(monkeypatch, capsys, "--cases", ",".join(found), "--rounds", "3")
     # Two runs at once do twice the work of one; what two ranks reach of that is their share.
-    assert float(rows["two_runs"][2][:-1]) == pytest.approx(2 * seconds["one"] / seconds["two_runs"], rel=0.1)
-    assert rows["two_runs"][3] == "100.0%"
-    assert float(rows["in_step"][3][:-1]) == pytest.approx(100 * seconds["two_runs"] / seconds["in_step"], rel=0.1)
-    assert float(rows["torch_ring"][3][:-1]) == pytest.approx(50 * seconds["two_runs"] / seconds["torch_ring"], rel=0.1)
-    cpu_seconds = {name: float(row[4]) for name, row in rows.items()}
-    assert rows["one"][5] == "1.000" and 0 < cpu_seconds["one"] < 1.5 * seconds["one"]
-    assert float(rows["two_runs"][5]) == pytest.approx(cpu_seconds["two_runs"] / cpu_seconds["one"] / 2, rel=0.1)
-    assert float(rows["torch_ring"][5]) == pytest.approx(cpu_seconds["torch_ring"] / cpu_seconds["one"], rel=0.1)
+    assert rows == {
+        "one": ["1", "12.000", "1.000x", "-", "10.000", "1.000"],
+        "two_runs": ["2", "16.000", "1.500x", "100.0%", "22.000", "1.100"],
+        "in_step": ["2", "20.000", "1.200x", "80.0%", "25.000", "1.250"],
+        "torch_ring": ["2", "9.600", "1.250x", "83.3%", "15.000", "1.500"],
+    }
+
+
+def test_bench_step_runs_two_processes_in_step(
+    tools: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import bench_step
+
+    answers: list[list[float]] = []
+    read = bench_step.json.loads
+    monkeypatch.setattr(bench_step.json, "loads", lambda text: answers.append(read(text)) or answers[-1])
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in {**SIZES, **COUNTS}.items()]
+    rows = step_table(monkeypatch, capsys, "--cases=in_step", "--rounds=1", *options)
+    (first_s, first_cpu_s), (second_s, second_cpu_s) = answers
+    assert min(first_s, first_cpu_s, second_s, second_cpu_s) > 0
+    assert rows["in_step"][1] == f"{(first_s + second_s) / 2:.3f}", "the mean of both"
+    assert rows["in_step"][4] == f"{first_cpu_s + second_cpu_s:.3f}", "of both"
+
+
+def test_bench_step_refuses_unknown_cases_by_name(
+    tools: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        step_table(monkeypatch, capsys, "--cases", "one,cp3,tp")
+    assert "--cases: cp3, tp is not one of bare, one, two_runs" in capsys.readouterr().err
 
 
 def test_bench_step_counts_cpu_seconds_of_work_alone(tools: ModuleType) -> None:
@@ -219,9 +317,8 @@ def test_bench_step_in_step_meets_in_the_model_that_trains(
 
     met: list[int] = []
     monkeypatch.setattr(bench_step, "meet_at_blocks", lambda model, result: met.append(len(model.layers)))
-    sizes = {"layers": 2, "dim": 16, "heads": 2, "kv_heads": 0, "vocab": 512, "tokens": 32, "threads": 1}
-    counts = {"warmup": 0, "steps": 1, "checkpointing": "none"}
-    bench_step.run_case(Namespace(child="in_step", result=str(tmp_path / "0"), **sizes, **counts))
+    sizes = {**SIZES, "layers": 2}
+    bench_step.run_case(Namespace(child="in_step", result=str(tmp_path / "0"), **sizes, **COUNTS))
     assert met == [2]
 
 
@@ -237,14 +334,30 @@ def cpu_seconds_of_a_ring(rank: int, world: int, folder: Path) -> float:
             self.seconds.append(2.0)
             self.cpu_seconds.append(rank + 1.0)
 
-    sizes = {"layers": 1, "dim": 16, "heads": 2, "kv_heads": 0, "vocab": 512, "tokens": 32, "threads": 1}
-    arguments = Namespace(child="cp2", warmup=0, steps=1, checkpointing="none", result="", **sizes)
+    arguments = Namespace(child="cp2", result="", **SIZES, **COUNTS)
     with mock.patch.object(bench_step, "Clock", Clock):
         return bench_step.time_trainer(arguments, folder)[1]
 
 
 def test_bench_step_adds_the_cpu_seconds_of_all_ranks(pool, tmp_path: Path) -> None:
     assert pool.run(2, cpu_seconds_of_a_ring, tmp_path) == [3.0, 3.0]
+
+
+def step_of_torch_ring(rank: int, world: int, folder: Path) -> tuple[float, int]:
+    """Seconds of a step of that case, and how often torch's ring was called in it."""
+    sys.path.insert(0, str(ROOT / "tools"))
+    import bench_step
+    import torch.distributed.tensor.experimental._context_parallel._attention as theirs
+
+    ring = theirs._templated_ring_attention
+    with mock.patch.object(theirs, "_templated_ring_attention", side_effect=ring) as called:
+        seconds, _ = bench_step.time_trainer(Namespace(child="torch_ring", result="", **SIZES, **COUNTS), folder)
+    return seconds, called.call_count
+
+
+def test_bench_step_trains_with_the_ring_of_torch(pool, tmp_path: Path) -> None:
+    for seconds, calls in pool.run(2, step_of_torch_ring, tmp_path):
+        assert seconds > 0 and calls == SIZES["layers"]
 
 
 class Attention(torch.nn.Module):

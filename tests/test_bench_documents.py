@@ -1,21 +1,26 @@
-"""bench_documents runs end to end at tiny sizes, and what it counts is right. Nothing here looks at a time."""
+"""bench_documents runs at tiny sizes, and what it counts is right. Nothing here looks at a time."""
 
 from __future__ import annotations
 
 import math
 import sys
 from collections.abc import Iterator
+from contextlib import redirect_stdout
+from io import StringIO
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from test_attention import problem
-from test_bench import ROOT, read, run_tool, table
+from test_bench import ROOT, read, table
 from test_packed import single_process
 from tolerance import assert_matches
 
-from cptrain.context_parallel import ContextParallel
+from cptrain.context_parallel import ContextParallel, compute, groups, hops
 from cptrain.context_parallel.mask import Mask
 from cptrain.context_parallel.schedule import blocks
 
@@ -34,19 +39,36 @@ def tools() -> Iterator[ModuleType]:
 
 
 @pytest.fixture(scope="module")
-def planned(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """(what --plan printed, the folder it ran in)."""
+def planned(tools: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """(what --plan printed, the folder it wrote)."""
     folder = tmp_path_factory.mktemp("plan")
-    options = ["--plan", "--sets", "lognormal", "--packs", "3", "--sizes", "32768:4,65536:8"]
-    return run_tool("bench_documents.py", *options, folder=folder), folder
+    options = ["--plan", "--sets", "lognormal", "--packs", "3", "--sizes", "16384:4,32768:8", "--out", str(folder)]
+    return printed(tools, options), folder
+
+
+def times_of(rank: int, world: int, argv: list[str]) -> list[list[Any]]:
+    """What one rank measures of every case."""
+    sys.path.insert(0, str(ROOT / "tools"))
+    import bench_documents
+    from documents_clock import measure
+
+    return [measure(case, rank) for case in bench_documents.cases_of(bench_documents.parse(argv), world)]
 
 
 @pytest.fixture(scope="module")
-def timed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """(what --time printed, the folder it wrote)."""
+def timed(tools: ModuleType, pool, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """(what --time printed, the folder it wrote) of ranks of the pool; `test_readme` starts its own."""
     folder = tmp_path_factory.mktemp("time")
-    options = ["--seq-lens", "768", "--ranks", "3", "--out", "found"]
-    return run_tool("bench_documents.py", *TINY, *options, folder=folder), folder / "found"
+    options = [*TINY, "--seq-lens", "768", "--ranks", "3", "--out", str(folder / "found")]
+    cases = [list(chain.from_iterable(case)) for case in zip(*pool.run(3, times_of, options), strict=True)]
+    with mock.patch.object(tools, "case_times", return_value=cases):
+        return printed(tools, options), folder / "found"
+
+
+def printed(tools: ModuleType, options: list[str]) -> str:
+    with redirect_stdout(StringIO()) as out:
+        assert tools.main(options) == 0
+    return out.getvalue()
 
 
 def columns(text: str) -> list[str]:
@@ -58,29 +80,30 @@ def test_bench_documents_plan_prints_every_layout_of_every_size(planned: tuple[s
     text, _ = planned
     names = columns(text)
     assert names[3:5] == ["layout", "imbalance, median"] and "moved, mean" in names
-    assert {"kernels per rank and layer", "planning ms, median", "schedule ms, median"} <= set(names)
+    assert {"kernel calls per rank and layer", "planning ms, median", "schedule ms, median"} <= set(names)
     rows = table(text)
     layouts = ["contiguous", "zigzag", "per-document zigzag", "balanced"]
     assert [row[1:4] for row in rows] == [
-        [tokens, ranks, layout] for tokens, ranks in (("32,768", "4"), ("65,536", "8")) for layout in layouts
+        [tokens, ranks, layout] for tokens, ranks in (("16,384", "4"), ("32,768", "8")) for layout in layouts
     ]
     for row in rows:
         assert (row[8] != "-") == (row[3] == "balanced"), "only ours is planned"
         assert float(row[4]) <= float(row[5])
+    assert "kernel calls of a forward pass by cuda flash on cuda, 8:8 heads of 64, bf16" in text
 
 
 def test_bench_documents_plan_writes_a_csv(planned: tuple[str, Path]) -> None:
     text, folder = planned
-    rows = read(folder / "outputs/bench/documents.csv")
+    rows = read(folder / "documents.csv")
     assert [row["part"] for row in rows] == ["plan"] * 8
     for row, cells in zip(rows, table(text), strict=True):
         assert f"{float(row['imbalance']):.3f}" == cells[4]
-        assert int(row["kernels"]) > 0 and 0 < float(row["moved_share"]) < 1
+        assert int(row["calls"]) > 0 and 0 < float(row["moved_share"]) < 1
 
 
 def test_bench_documents_balanced_is_even(planned: tuple[str, Path]) -> None:
     uneven = {(row[1], row[3]): float(row[5]) for row in table(planned[0])}
-    for tokens in ("32,768", "65,536"):
+    for tokens in ("16,384", "32,768"):
         assert uneven[tokens, "balanced"] <= 1.05 < uneven[tokens, "zigzag"]
 
 
@@ -90,7 +113,7 @@ def test_bench_documents_time_prints_and_writes_every_layout(timed: tuple[str, P
     rows = read(folder / "documents.csv")
     assert [(row["ranks"], row["layout"]) for row in rows] == [("3", layout) for layout in layouts]
     assert columns(text)[6:] == [
-        *("imbalance", "kernels per rank and layer", "sent", "time", "bound", "over bound", "computing")
+        *("imbalance", "kernel calls per rank and layer", "sent", "time", "bound", "over bound", "computing")
     ]
     for row, cells in zip(rows, table(text), strict=True):
         assert cells[11] == f"{float(row['over_bound']):.3f}"
@@ -142,6 +165,50 @@ def test_bench_documents_cut_computes_every_pair_once(tools: ModuleType, layout:
     packing = cut.packing()
     assert (packing.imbalance, packing.cost.num_pairs) == (cut.imbalance, sum(work))
     assert [packing.layout.spans(rank) for rank in range(4)] == cut.spans
+
+
+@pytest.mark.parametrize("layout", ["balanced", "per-document zigzag", "causal ring"])
+@pytest.mark.parametrize(("kernel", "together"), [("cpu flash", False), ("reference", False), ("reference", True)])
+def test_bench_documents_counts_the_kernel_calls_that_are_made(
+    tools: ModuleType, monkeypatch: pytest.MonkeyPatch, layout: str, kernel: str, together: bool
+) -> None:
+    from documents_clock import Case, layout_run
+    from simulated_group import simulated_ranks
+
+    if together:  # as on CUDA
+        monkeypatch.setattr(hops, "COPIES_ARE_DEAR", frozenset())
+        monkeypatch.setattr(groups, "_link", lambda *_: "fast")
+    made: list[object] = []
+    launch = compute.forward_launch
+
+    def noted(*given):
+        made.append(given)
+        return launch(*given)
+
+    monkeypatch.setattr(compute, "forward_launch", noted)
+    sizes = {"heads": 4, "kv_heads": 2, "dim": 8, "dtype": "fp32"}
+    case = Case(set_name="", lengths=LENGTHS, ranks=4, layouts=(layout,), kernel=kernel, **sizes)
+    for rank in range(4):
+        with simulated_ranks(rank, 4, torch.device("cpu")):
+            times, run = layout_run(case, layout, rank)
+            made.clear()
+            run(0)
+        assert times.calls == len(made) > 0
+
+
+def test_bench_documents_counts_blocks_that_go_together_as_one_call(tools: ModuleType) -> None:
+    from documents_cases import make_cut, place_of
+
+    places = {
+        name: place_of(device, "bf16", heads=8, kv_heads=8, dim=64, name=name)
+        for device, name in (("cpu", "cpu flash"), ("cuda", "efficient"), ("cuda", "cuda flash"))
+    }
+    # Sixteen whole documents on every rank.
+    calls = {name: make_cut("balanced", [64] * 128, 8).num_calls(place) for name, place in places.items()}
+    assert calls == {"cpu flash": 16, "efficient": 16, "cuda flash": 1}
+    # One document in zigzag: on CPU every hop by itself, on CUDA what the queries of a rank in the middle see.
+    calls = {name: make_cut("zigzag", [2048], 8).num_calls(place) for name, place in places.items()}
+    assert calls == {"cpu flash": 8, "efficient": 3, "cuda flash": 3}
 
 
 def test_bench_documents_per_document_zigzag_pads_to_pieces(tools: ModuleType) -> None:

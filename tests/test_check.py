@@ -301,6 +301,17 @@ def test_check_command_ends_with_2_for_settings_that_cannot_work(pool, argv, mes
     assert message in err and "Traceback" not in err
 
 
+def test_check_command_dry_run_shows_every_stage(tmp_path: Path, monkeypatch, capsys):
+    # What the stages replace need not fit the ranks by itself: no step ever runs with it.
+    stages = "".join(f"[[training.stages]]\nring_degree = {ring}\n" for ring in (1, 2))
+    (tmp_path / "staged.toml").write_text(f"[parallelism]\nring_degree = 3\n{stages}")
+    files = ["debug", str(tmp_path / "staged.toml")]
+    monkeypatch.setattr(sys, "argv", ["check", "--config", *files, "--dry-run", "--world-size", "4"])
+    main()
+    first, second = capsys.readouterr().out.split("\n\n")
+    assert "dp_shard 4 x ring 1" in first and "dp_shard 2 x ring 2" in second
+
+
 def test_check_command_runs_under_torchrun(tmp_path: Path):
     (tmp_path / "mine.toml").write_text(
         "[model]\ndim = 32\nnum_layers = 3\nnum_heads = 4\nffn_dim = 64\nwindow_size = 20\nfull_attention_every = 3\n"
@@ -360,7 +371,15 @@ def test_check_toy_keeps_what_decides_the_parallelism():
     one = settings(
         ring_degree=2,
         tensor_parallel_degree=3,
-        model={"num_heads": 24, "num_kv_heads": 6, "head_dim": 100, "window_size": 512, "full_attention_every": 3},
+        model={
+            "num_heads": 24,
+            "num_kv_heads": 6,
+            "head_dim": 100,
+            "ffn_dim": 96,
+            "vocab_size": 384,
+            "window_size": 512,
+            "full_attention_every": 3,
+        },
         training={"seq_len": 8 * 1536, "local_batch_size": 4, "global_batch_size": 32},
     )
     small = toy.toy_settings(one, world_size=6, device=CPU, folder=Path("/nowhere"))

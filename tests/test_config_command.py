@@ -103,6 +103,19 @@ def test_config_command_prefers_a_path_that_exists(presets: Path) -> None:
             '--config = "x/debug.toml": no file or preset of this name; presets are debug, llama_128k; '
             "did you mean debug?",
         ),
+        (
+            ["--config", "../configs/debug"],  # would be found from any folder
+            '--config = "../configs/debug": no file or preset of this name; presets are debug, llama_128k; '
+            "did you mean debug?",
+        ),
+        (
+            ["--config", "~nobody_here/x.toml"],
+            '--config = "~nobody_here/x.toml": no user of this name has a home folder; presets are debug, llama_128k',
+        ),
+        (
+            ["--config", "x" * 5000],
+            f'--config = "{"x" * 56}...: cannot be read: File name too long; presets are debug, llama_128k',
+        ),
         (["--config", "zzz"], '--config = "zzz": no file or preset of this name; presets are debug, llama_128k'),
         (["--config=debug", "--dry-rum"], "--dry-rum: unknown flag; did you mean --dry-run?"),
         (["--config=debug", "--worldsize", "3"], "--worldsize: unknown flag; did you mean --world-size?"),
@@ -142,11 +155,14 @@ def test_config_command_runs_no_checks_without_a_config(presets: Path) -> None:
     ("argv", "environ", "world_size"),
     [
         ([], {}, 1),
-        (["--world-size", "6"], {}, 6),
-        (["--world-size=6"], {"WORLD_SIZE": "8"}, 6),
+        (["--world-size", "6", "--dry-run"], {}, 6),
+        (["--world-size=6", "--dry-run"], {"WORLD_SIZE": "8"}, 6),
+        (["--world-size=6", "--print-config"], {"WORLD_SIZE": "8"}, 6),
+        (["--world-size=8"], {"WORLD_SIZE": "8"}, 8),
         ([], {"WORLD_SIZE": "8"}, 8),
-        ([], {"SLURM_NTASKS": "4"}, 4),
-        ([], {"WORLD_SIZE": "8", "SLURM_NTASKS": "4"}, 8),
+        ([], {"WORLD_SIZE": "", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, 4),
+        ([], {"SLURM_NTASKS": "4"}, 1),  # the shell of salloc
+        ([], {"WORLD_SIZE": "8", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, 8),
         (["--dry-run"], {}, 1),
     ],
 )
@@ -161,9 +177,29 @@ def test_config_command_checks_for_the_world_size(
     ]
 
 
-def test_config_command_names_a_bad_world_size_of_the_environment(presets: Path) -> None:
-    assert problems_of(presets, "--config=debug", WORLD_SIZE="x") == [
-        'WORLD_SIZE = "x": must be an integer of at least 1'
+@pytest.mark.parametrize(
+    "environ",
+    [{"WORLD_SIZE": "x"}, {"SLURM_NTASKS": "x", "SLURM_PROCID": "0"}],
+    ids=lambda environ: next(iter(environ)),
+)
+def test_config_command_names_a_bad_world_size_of_the_environment(presets: Path, environ: dict[str, str]) -> None:
+    assert problems_of(presets, "--config=debug", **environ) == [
+        f'{next(iter(environ))} = "x": must be an integer of at least 1'
+    ]
+
+
+def test_config_command_checks_nothing_by_a_bad_world_size(presets: Path) -> None:
+    flags = ["--config=debug", "--world-size=0", "--parallelism.context_parallel_degree=5"]
+    assert problems_of(presets, *flags) == ["--world-size = 0: must be an integer of at least 1"]
+
+
+@pytest.mark.parametrize(("environ", "started"), [({}, 1), ({"WORLD_SIZE": "8"}, 8)])
+def test_config_command_runs_on_no_other_world_size_than_was_started(
+    presets: Path, environ: dict[str, str], started: int
+) -> None:
+    assert problems_of(presets, "--config=debug", "--world-size=2", **environ) == [
+        f"--world-size = 2: the number of ranks that were started is {started}; start 2 with the launcher, or add "
+        "--dry-run"
     ]
 
 
@@ -316,11 +352,11 @@ assert not {"torch", "numpy"} & sys.modules.keys()
 """
 
 
-def run(*argv: str) -> tuple[subprocess.CompletedProcess[str], float]:
+def run(*argv: str, **environ: str) -> tuple[subprocess.CompletedProcess[str], float]:
     """The ended process of a toy program, and its seconds."""
     tests = Path(__file__).parent
     command = [sys.executable, "-c", PROGRAM, *argv]
-    environ = {**os.environ, "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}"}
+    environ = {**os.environ, "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}", **environ}
     start = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environ)
     return done, time.perf_counter() - start
@@ -339,3 +375,24 @@ def test_config_command_ends_with_code_2_and_no_traceback() -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("2 problems in the settings:\n  --config = ")
     assert "Traceback" not in done.stderr
+
+
+def test_config_command_prints_in_an_encoding_without_a_character_what_loads_again(presets: Path) -> None:
+    name = "日本🙂é\\"
+    arguments = ["--config", str(presets / "debug.toml"), "--print-config", "--data.field_name", name]
+    done, _ = run(*arguments, PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (0, "")
+    Path("printed.toml").write_text(done.stdout)
+    assert load(Settings, [Path("printed.toml")]).data.field_name == name
+
+
+def test_config_command_ends_quietly_where_nobody_reads_on() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    tests = Path(__file__).parent
+    environ = {**os.environ, "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}"}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, "--help"], stdout=writer, stderr=subprocess.PIPE, check=False, env=environ
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")

@@ -97,7 +97,12 @@ def test_config_overrides_leave_the_rest_alone() -> None:
     ("flags", "problem"),
     [
         (["--training.steps", "abc"], 'training.steps = "abc" (flag --training.steps): must be an integer'),
-        (["--training.steps=1.0"], 'training.steps = "1.0" (flag --training.steps): must be an integer'),
+        (
+            ["--training.steps=1e3"],
+            'training.steps = "1e3" (flag --training.steps): must be an integer; did you mean 1000?',
+        ),
+        (["--training.steps=1.5"], 'training.steps = "1.5" (flag --training.steps): must be an integer'),
+        (["--training.steps=inf"], 'training.steps = "inf" (flag --training.steps): must be an integer'),
         (["--training.steps="], 'training.steps = "" (flag --training.steps): must be an integer'),
         (
             ["--training.steps"],
@@ -113,7 +118,8 @@ def test_config_overrides_leave_the_rest_alone() -> None:
             "spaces",
         ),
         (["--compile.enable", "yes"], 'compile.enable = "yes" (flag --compile.enable): must be true or false'),
-        (["--compile.no-enable=true"], "--compile.no-enable: takes no value; write --compile.enable=true"),
+        (["--compile.no-enable=true"], "--compile.no-enable: takes no value; write --compile.enable=false"),
+        (["--compile.no-enable=False"], "--compile.no-enable: takes no value; write --compile.enable=true"),
         (
             ["--compile.no-level"],
             "compile.no_level (flag --compile.no-level): unknown key; did you mean `compile.level`?",
@@ -126,6 +132,10 @@ def test_config_overrides_leave_the_rest_alone() -> None:
         (
             ["--training.stpes", "5"],
             'training.stpes = "5" (flag --training.stpes): unknown key; did you mean `training.steps`?',
+        ),
+        (
+            ["--TRAINING.steps=5"],
+            'TRAINING.steps = "5" (flag --TRAINING.steps): unknown key; did you mean `training.steps`?',
         ),
         (
             ["--tp.cp-size=5"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -254,12 +255,13 @@ def groups_made(rank: int, world: int) -> list[int]:
         out = regrouped.attention(*(regrouped.shard(x, dim=2) for x in inputs[:3]), is_causal=True)
         assert_matches(regrouped.unshard(out, dim=2), one_process(*inputs)[0])
         counts.append(len(dist.distributed_c10d._world.pg_map))
-    return counts
+    assert first.regroup(ring=2, ulysses=2) is first
+    return [*counts, len(dist.distributed_c10d._world.pg_map)]
 
 
 def test_context_parallel_regroup_makes_no_new_groups_when_it_goes_back(pool):
     for counts in pool.run(4, groups_made):
-        assert counts[0] < counts[1] == counts[2] == counts[3]
+        assert counts[0] < counts[1] == counts[2] == counts[3] == counts[4]
 
 
 def described(rank: int, world: int) -> dict[str, str]:
@@ -285,12 +287,55 @@ def test_plan_describes_its_modules_messages_and_buffers(pool):
     sent = "2 x 512 KiB (all_to_all), 2 x 128 KiB (all_to_all)"
     assert lines[2] == f"  forward sends {sent}, 1 x 512 KiB (send)"
     assert lines[3] == f"  backward sends {sent}, 1 x 1 MiB (send)"
-    assert lines[4] == "  2 key buffers of 512 KiB"
-    assert lines[5].startswith("2 modules, layers.2.attention .. layers.3.attention: window 8, ")
-    assert "needed keys straight from their owners" in lines[5]
+    # 1024 tokens of 8 query heads, of 2 kv heads each for keys and for values
+    assert lines[4] == "  exchanged q, k, v and out of 1 MiB, 256 KiB, 256 KiB, 1 MiB"
+    assert lines[5] == "  2 key buffers of 512 KiB"
+    assert lines[6].startswith("2 modules, layers.2.attention .. layers.3.attention: window 8, ")
+    assert "needed keys straight from their owners" in lines[6]
+    # zigzag over 2: rank 0 sees 7 keys before its last chunk, of 1 kv head of 64 + 64 elements of 2 bytes
+    assert lines[10] == "  holds at most 1.75 KiB of others' keys"
     gathered = texts["all_gather"].splitlines()
     assert gathered[2] == "  forward sends 2 x 768 KiB (all_gather)"
     assert gathered[3] == "  backward sends 2 x 768 KiB (all_gather), 2 x 1.5 MiB (reduce_scatter)"
+    # one kv head of 4096 tokens as it came, in order, and the next head; gradients in fp32
+    assert gathered[4] == "  3 gathered key buffers of 1 MiB, backward 2 gradient buffers of 2 MiB"
+
+
+def described_beside_what_is_sent(rank: int, world: int) -> tuple[list[str], list[str]]:
+    """What a contiguous plan says of a window, and the same lines of what one such call sends on this rank."""
+    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("ring",))
+    cp = ContextParallel(mesh, ulysses=None, layout="contiguous")
+    cp.apply(small_model(num_layers=1), modules="layers.0.attention", window_size=5)
+    said = cp.describe(16 * world, num_heads=2, num_kv_heads=2, head_dim=4, dtype=torch.float32)
+    q, k, v = (torch.ones(1, 2, 16, 4, requires_grad=True) for _ in range(3))
+    with recorded_messages() as there:
+        out = cp.attention(q, k, v, is_causal=True, window_size=5)
+    with recorded_messages() as back:
+        out.sum().backward()
+    found = {"forward": there, "backward": back}
+    return said.splitlines()[2:4], [f"  {x} sends {description._messages(Counter(sent))}" for x, sent in found.items()]
+
+
+def test_plan_describes_what_this_rank_sends_where_ranks_differ(pool):
+    (first, _), *_, (last, _) = found = pool.run(3, described_beside_what_is_sent)
+    assert all(said == sent for said, sent in found)
+    assert first[0] == "  forward sends 1 x 256 B (send)"
+    assert last[0] == "  forward sends nothing"
+
+
+def test_plan_refuses_to_describe_a_call_of_which_something_is_missing(pool):
+    for text in pool.run(1, incomplete_descriptions)[0]:
+        assert "ValueError" in text
+
+
+def incomplete_descriptions(rank: int, world: int) -> list[str]:
+    found = []
+    for shapes in ({"num_heads": 4}, {"head_dim": 8}, {"num_heads": 4, "head_dim": 8}):
+        try:
+            found.append(plan().describe(64 if len(shapes) == 1 else None, **shapes))
+        except ValueError as error:
+            found.append(f"ValueError: {error}")
+    return found
 
 
 def test_plan_says_which_hops_are_computed_together_of_heads_as_ulysses_leaves_them():

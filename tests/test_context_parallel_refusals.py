@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from test_context_parallel import on_two_axes, plan, qkv
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from cptrain.context_parallel import ContextParallel
@@ -35,6 +35,7 @@ def refusals(rank: int, world: int) -> dict[str, str]:
 
     return {
         "unknown axis": text_of(lambda: ContextParallel(mesh, ring="context")),
+        "missing axis": text_of(lambda: ContextParallel(init_device_mesh("cpu", (2,), mesh_dim_names=("ring",)))),
         "no names": text_of(lambda: ContextParallel(bare)),
         "one axis twice": text_of(lambda: ContextParallel(mesh, ulysses="ring")),
         "unknown layout": text_of(lambda: ContextParallel(mesh, layout="striped")),
@@ -43,12 +44,17 @@ def refusals(rank: int, world: int) -> dict[str, str]:
         "hybrid of one axis": text_of(lambda: ContextParallel(mesh, method="hybrid")),
         "unknown kernel": text_of(lambda: ContextParallel(mesh, kernel="triton")),
         "inner degree": text_of(lambda: ContextParallel(mesh, ring_inner_degree=3)),
+        "inner rings of no ring": text_of(lambda: ContextParallel(mesh, method="all_gather", ring_inner_degree=2)),
+        "chunks of no layout": text_of(lambda: ContextParallel(mesh, chunk_size=7)),
         "dims": attend(q[0], k[0], v[0]),
         "dtypes": attend(q, k.float(), v),
         "shapes": attend(q, k, v[:, :1]),
         "causal lengths": attend(q, k[:, :, :4], v[:, :, :4]),
         "heads": attend(q[:, :3], k, v),
+        "no kv heads": attend(q, k[:, :0], v[:, :0]),
+        "no heads": attend(q[:, :0], k, v),
         "window without causal": attend(q, k, v, causal=False, window_size=3),
+        "window of a part": attend(q, k, v, window_size=3.0),
         "window of nothing": attend(q, k, v, window_size=0),
         "scale": attend(q, k, v, scale=0.0),
         "tangents": text_of(lambda: torch.func.jvp(lambda x: cp.attention(x, k, v, is_causal=True), (q,), (q,))),
@@ -65,6 +71,7 @@ def refused(pool) -> dict[str, str]:
     ("what", "message"),
     {
         "unknown axis": 'ValueError: ring = "context": the mesh has the axes ring, ulysses',
+        "missing axis": 'ValueError: ulysses = "ulysses": the mesh has the axes ring; name one, or set ulysses=None',
         "no names": 'ValueError: ring = "ring": the mesh has the axes without names',
         "one axis twice": 'ValueError: ring and ulysses are both "ring": ',
         "unknown layout": 'ValueError: layout = "striped": must be one of contiguous, zigzag',
@@ -73,12 +80,17 @@ def refused(pool) -> dict[str, str]:
         "hybrid of one axis": 'ValueError: method = "hybrid": ring degree 2 and ulysses degree 1 allow auto, ',
         "unknown kernel": 'ValueError: kernel = "triton": must be one of auto, cpu flash, ',
         "inner degree": "ValueError: ring_inner_degree = 3: a ring of 2 allows 1, 2",
+        "inner rings of no ring": 'ValueError: ring_inner_degree = 2: method = "all_gather" has no ring; leave it out',
+        "chunks of no layout": 'ValueError: chunk_size = 7: layout = "zigzag" deals no chunks; leave it out, or set ',
         "dims": "ValueError: q, k, v have 3, 3, 3 dims; they must be [B, H, T, D]",
         "dtypes": "ValueError: q is torch.float64, k torch.float32, v torch.float64: cast them to one dtype",
         "shapes": "ValueError: q (2, 4, 8, 4), k (2, 2, 8, 4), v (2, 1, 8, 4) do not fit together",
         "causal lengths": "ValueError: 8 query and 4 key tokens per rank: a causal mask needs as many keys as queries",
         "heads": "ValueError: 3 query heads are not a multiple of 2 kv heads",
+        "no kv heads": "ValueError: 4 query heads are not a multiple of 0 kv heads",
+        "no heads": "ValueError: 0 query heads are not a multiple of 2 kv heads",
         "window without causal": "ValueError: window_size = 3: must be at least 1, with is_causal=True",
+        "window of a part": "ValueError: window_size = 3.0: must be a whole number of tokens, or None",
         "window of nothing": "ValueError: window_size = 0: must be at least 1, with is_causal=True",
         "scale": "ValueError: scale = 0.0: must be above 0",
         "tangents": "NotImplementedError: forward-mode differentiation (torch.func.jvp) is not supported",
@@ -139,6 +151,58 @@ def plan_beside_a_group_of_one_rank(rank: int, world: int) -> str:
 def test_context_parallel_refuses_ranks_with_different_groups_rather_than_wait_for_ever(pool):
     for text in pool.run(2, plan_beside_a_group_of_one_rank):
         assert text.startswith("ranks [0, 1] belong to between 2 and 3 process groups")
+
+
+def foreign_dtensors(rank: int, world: int) -> dict[str, str]:
+    """What a plan of 2 x 2 ranks says to DTensors that other meshes cut."""
+    names = ("ring", "ulysses")
+    whole = init_device_mesh("cpu", (1, 2, 2, 1), mesh_dim_names=("dp", *names, "tp"))
+    cp, inputs = ContextParallel(whole), qkv(4, 4, 16)[:3]
+
+    def said(other: ContextParallel, mesh: DeviceMesh | None = None) -> str:
+        mesh = mesh or other.mesh
+        cuts = [Shard(2) if name in names else Replicate() for name in mesh.mesh_dim_names or ()]
+        q, k, v = (DTensor.from_local(other.shard(x, dim=2), mesh, cuts, run_check=False) for x in inputs)
+        return text_of(lambda: cp.attention(q, k, v, is_causal=True))
+
+    return {
+        "its own": said(cp),
+        "a part of it": said(cp, whole[names]),
+        "alike": said(ContextParallel(init_device_mesh("cpu", (2, 2), mesh_dim_names=names))),
+        "other degrees": said(ContextParallel(init_device_mesh("cpu", (4, 1), mesh_dim_names=names)), None),
+        "other groups": said(ContextParallel(init_device_mesh("cpu", (2, 2), mesh_dim_names=names[::-1]))),
+        "other order": said(cp, DeviceMesh("cpu", [[2, 3], [0, 1]], mesh_dim_names=names)),
+    }
+
+
+def test_context_parallel_refuses_dtensors_that_another_mesh_cuts(pool):
+    found = pool.run(4, foreign_dtensors)
+    assert {found[0][name] for name in ("its own", "a part of it", "alike")} == {"no error"}
+    start = "ValueError: q, k, v are DTensors on a mesh whose ring has the ranks"
+    ends = {
+        "other degrees": f"{start} [0, 1, 2, 3], this one at 0; in the plan it has [0, 2], this one at 0: cut them",
+        "other groups": f"{start} [0, 1], this one at 0; in the plan it has [0, 2], this one at 0: cut them",
+        "other order": f"{start} [0, 2], this one at 1; in the plan it has [0, 2], this one at 0: cut them",
+    }
+    for name, text in ends.items():
+        assert found[0][name].startswith(text)
+        assert all(of_rank[name].startswith(start) for of_rank in found)
+
+
+def dtensors_on_axes_of_one(rank: int, world: int) -> list[tuple[Any, ...]]:
+    """Placements of what a plan gives back for DTensors that are Shard(2) on axes of one rank too."""
+    names, found = ("ring", "ulysses", "tp"), []
+    for shape in ((2, 1, 1), (1, 1, 2)):
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+        cp, cuts = ContextParallel(mesh), [Shard(2), Shard(2), Replicate()]
+        q, k, v = (DTensor.from_local(cp.shard(x, dim=2), mesh, cuts, run_check=False) for x in qkv(4, 2, 16)[:3])
+        key = DTensor.from_local(k.to_local(), mesh, [Shard(2), Replicate(), Replicate()], run_check=False)
+        found.append(cp.attention(q, k if shape[0] == 1 else key, v, is_causal=True).placements)
+    return found
+
+
+def test_context_parallel_takes_dtensors_that_are_sharded_on_axes_of_one_rank(pool):
+    assert pool.run(2, dtensors_on_axes_of_one)[0] == [(Shard(2), Shard(2), Replicate())] * 2
 
 
 def dtensor_refusals(rank: int, world: int) -> dict[str, str]:

@@ -201,6 +201,12 @@ def test_data_corpus_skipped_is_named_when_the_cache_serves_again(
     assert "bad.txt" in caplog.text
 
 
+def test_data_corpus_skipped_lines_are_all_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"text": "good"}\n' + "bad\n" * 100)
+    prepared(tmp_path, source="jsonl", paths=(str(tmp_path / "bad.jsonl"),), on_error="skip")
+    assert all(f"bad.jsonl:{line} " in caplog.text for line in range(2, 102))
+
+
 def test_data_corpus_skipping_cached_does_not_hide_a_later_raise(tmp_path: Path) -> None:
     values = bad_text(tmp_path)
     prepared(tmp_path, **values, on_error="skip")

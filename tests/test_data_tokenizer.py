@@ -15,6 +15,8 @@ class Words:
     def __init__(self, path=None): self.path = path
     def encode(self, text): return {encode}
     def decode(self, ids): return ""
+NUMBER = 3
+def fail(text): return text
 class NoEos:
     vocab_size, bos_id, pad_id = 10, None, None
     def encode(self, text): return []
@@ -59,6 +61,8 @@ def test_data_tokenizer_plugin_is_built_from_its_import_path(plugin: str) -> Non
     [
         ({}, "Missing", "has no attribute 'Missing'"),
         ({}, "NoEos", "lacks eos_id"),
+        ({}, "fail", r"fail\(\) raised TypeError: .* 1 required positional argument: 'text'"),
+        ({}, "NUMBER", "raised TypeError: 'int' object is not callable"),
         ({"eos": "10"}, "Words", "eos_id = 10 must be an id below vocab_size = 10"),
         ({"eos": "None"}, "Words", "eos_id = None must be"),
         ({"bos": "8", "encode": "[8, 1]"}, "Words", "encode must not add bos_id itself"),

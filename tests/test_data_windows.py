@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import itertools
+import os
 import pickle
 import random
 import tracemalloc
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -190,6 +193,33 @@ def test_data_windows_cost_does_not_grow_with_the_corpus(tmp_path: Path) -> None
     _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak_bytes < count  # one array over all documents is eight times that
+
+
+def shrink(path: Path) -> None:
+    os.truncate(path, 4096)  # what is read below still lies in the first page: of any other, reading kills the process
+
+
+def write_over(path: Path) -> None:
+    write_tokens(path, [2, 2, EOS] * 2000)
+    os.utime(path, ns=(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (shrink, "went from 12,000 to 4,096 bytes"),
+        (write_over, "was written to"),
+        (Path.unlink, "is gone"),
+    ],
+)
+def test_data_windows_of_a_file_that_changes_under_a_run_are_refused(tmp_path: Path, change: Any, said: str) -> None:
+    paths = [write_tokens(tmp_path / name, [1, 2, EOS] * 2000) for name in ("a.bin", "b.bin")]
+    corpus = prepared(tmp_path, source="tokens", paths=tuple(map(str, paths)))
+    read = partial(corpus.read, lengths=np.array([3]))
+    change(paths[0])
+    assert read(np.array([9000])).tolist() == [1, 2, EOS], "of the other file"
+    with pytest.raises(RuntimeError, match=rf"a\.bin: {said} after it was opened, .*; start again"):
+        read(np.array([9]))
 
 
 @pytest.mark.parametrize(("side", "way_out"), [(0, "lower"), (1, r"raise data\.validation_fraction")])

@@ -9,10 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.graph import save_on_cpu
+from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
-from cptrain.context_parallel.dispatch import apply
+from cptrain.context_parallel.dispatch import apply, switch_of
 
 
 class Attention(nn.Module):
@@ -54,8 +56,9 @@ class Recorder:
 X = torch.arange(1 * 2 * 4 * 3, dtype=torch.float64).view(1, 2, 4, 3)
 
 
-def is_replaced(module: nn.Module) -> bool:
-    return bool(getattr(module.forward, "context_parallel_switch", None))
+class NeverCalls(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
 
 
 def test_dispatch_returns_and_replaces_the_modules_that_match():
@@ -133,6 +136,17 @@ def test_dispatch_follows_a_deep_copy_to_the_parameters_of_the_copy():
     assert torch.equal(model(X), 3 * X)
 
 
+def test_dispatch_of_a_deep_copy_takes_its_own_plan():
+    model, recorder, other = nn.Sequential(Attention(is_causal=True)), Recorder(), Recorder()
+    apply(model, modules="0", attention=recorder)
+    twin = copy.deepcopy(model)
+    apply(twin, modules="0", attention=other, window_size=4)
+    model(X)
+    twin(X)
+    assert [call["window_size"] for call in recorder.calls] == [None]
+    assert [call["window_size"] for call in other.calls] == [4]
+
+
 def test_dispatch_of_a_pattern_that_matches_nothing_lists_what_looks_like_attention():
     model = nn.Sequential(Layer(self_attn=Attention(), mlp=nn.Identity()), Layer(self_attn=Attention()))
     with pytest.raises(
@@ -141,8 +155,96 @@ def test_dispatch_of_a_pattern_that_matches_nothing_lists_what_looks_like_attent
         apply(model, modules="*.attention", attention=Recorder())
 
 
+def test_dispatch_of_several_patterns_names_every_one_that_matches_nothing():
+    model = nn.Sequential(Layer(self_attn=Attention(), cross_attn=Attention(), experts=NeverCalls()))
+    message = r"^modules = '\*\.cros_attn', '\*\.expert' matches no .*: 0\.cross_attn, 0\.experts, 0\.self_attn$"
+    with pytest.raises(ValueError, match=message):
+        apply(model, modules=["*.self_attn", "*.cros_attn", "*.expert"], attention=Recorder())
+    assert switch_of(model[0].self_attn) is None
+
+
+def shared_attention() -> nn.Module:
+    """One attention that is registered in the model and in its first layer, and another one."""
+    model = Layer(shared=Attention(), layers=nn.ModuleList([Layer(), Layer(attention=Attention())]))
+    model.layers[0].attention = model.shared
+    return model
+
+
+@pytest.mark.parametrize(
+    ("modules", "names"),
+    [
+        ("layers.*.attention", ["layers.0.attention", "layers.1.attention"]),
+        (["shared", "layers.0.attention"], ["shared"]),
+    ],
+    ids=["a later name", "both names"],
+)
+def test_dispatch_finds_a_shared_module_by_any_of_its_names_and_replaces_it_once(modules, names):
+    model, recorder = shared_attention(), Recorder()
+    assert apply(model, modules=modules, attention=recorder) == names
+    assert torch.equal(model.shared(X), 3 * X)
+    assert len(recorder.calls) == 1
+
+
+def test_dispatch_refuses_a_match_that_is_inside_another_by_a_name_elsewhere():
+    model = shared_attention()
+    with pytest.raises(ValueError, match=r"matches layers\.0 and shared inside it"):
+        apply(model, modules=["shared", "layers.0"], attention=Recorder())
+
+
+def test_dispatch_of_the_model_itself():
+    model, recorder = Attention(), Recorder()
+    assert apply(model, modules="", attention=recorder) == [""]
+    assert torch.equal(model(X), 3 * X)
+
+
+def test_dispatch_of_what_cannot_call_attention_points_to_the_model_itself():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    with pytest.raises(ValueError, match=r"'\*' matches 0, a Linear of torch, which never .* \"\" is the model itself"):
+        apply(model, modules="*", attention=Recorder())
+
+
+class Also(nn.Module):
+    """Attends by the function that is replaced, and by another one."""
+
+    def __init__(self, other) -> None:
+        super().__init__()
+        self.other = other
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(x, x, x) + self.other(x)
+
+
+def multi_head(x: torch.Tensor) -> torch.Tensor:
+    tokens, weights = x.transpose(1, 2).flatten(2).transpose(0, 1).contiguous(), torch.eye(6, dtype=x.dtype)
+    options = {"in_proj_weight": weights.repeat(3, 1), "in_proj_bias": None, "bias_k": None, "bias_v": None}
+    options |= {"add_zero_attn": False, "dropout_p": 0.0, "out_proj_weight": weights, "out_proj_bias": None}
+    out = F.multi_head_attention_forward(tokens, tokens, tokens, 6, 2, **options, need_weights=False)[0]
+    return out.transpose(0, 1).unflatten(2, (2, 3)).transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("other", "name"),
+    [
+        (multi_head, "multi_head_attention_forward"),
+        (lambda x: torch.ops.aten.scaled_dot_product_attention(x, x, x), "scaled_dot_product_attention"),
+        pytest.param(
+            lambda x: flex_attention(*[x.float()] * 3),
+            "flex_attention",
+            # It compiles itself, says that it had better be compiled, and torch's compiler warns of its own calls.
+            marks=pytest.mark.filterwarnings("ignore"),
+        ),
+    ],
+    ids=["multi-head", "operator", "flex"],
+)
+def test_dispatch_refuses_another_attention_in_the_same_forward_by_name(other, name):
+    model = nn.Sequential(Also(other))
+    apply(model, modules="0", attention=Recorder())
+    with pytest.raises(NotImplementedError, match=f"^0 calls {name}, .*: call F.scaled_dot_product_attention instead"):
+        model(X)
+
+
 def test_dispatch_of_a_module_that_never_calls_attention_fails_at_its_first_forward():
-    model = nn.Sequential(Layer(attention=nn.Identity()))
+    model = nn.Sequential(Layer(attention=NeverCalls()))
     apply(model, modules="*.attention", attention=Recorder())
     with pytest.raises(RuntimeError, match=r"^0\.attention .*never called F\.scaled_dot_product_attention"):
         model(X)
@@ -168,7 +270,7 @@ def test_dispatch_that_is_refused_changes_nothing():
     apply(model, modules="2", attention=Recorder())
     with pytest.raises(ValueError, match="inside it"):
         apply(model, modules="[01]*", attention=Recorder())
-    assert [name for name, module in model.named_modules() if is_replaced(module)] == ["2"]
+    assert [name for name, module in model.named_modules() if switch_of(module)] == ["2"]
 
 
 @pytest.mark.parametrize(
@@ -188,14 +290,21 @@ def test_dispatch_refuses_what_would_not_be_exact(options, refusal, message):
 
 
 def test_dispatch_refuses_fewer_kv_heads_without_enable_gqa():
-    grouped = Attention(lambda q, k, v, **options: F.scaled_dot_product_attention(q, k[:, :1], v[:, :1], **options))
-    model, recorder = nn.Sequential(grouped), Recorder()
+    grouped = Attention(lambda q, k, v, **options: F.scaled_dot_product_attention(q, k[:, :2], v[:, :2], **options))
+    model, recorder, x = nn.Sequential(grouped), Recorder(), torch.ones(1, 4, 4, 3)
     apply(model, modules="0", attention=recorder)
-    with pytest.raises(ValueError, match="2 query heads and 1 kv heads need enable_gqa=True"):
-        model(X)
+    with pytest.raises(ValueError, match="4 query heads and 2 kv heads need enable_gqa=True"):
+        model(x)
     grouped.options["enable_gqa"] = True
-    model(X)
+    model(x)
     assert len(recorder.calls) == 1
+
+
+def test_dispatch_takes_a_single_kv_head_as_one_device_does():
+    model = nn.Sequential(Attention(lambda q, k, v: F.scaled_dot_product_attention(q, k[:, :1], v[:, :1])))
+    assert model(X).shape == X.shape
+    apply(model, modules="0", attention=Recorder())
+    assert torch.equal(model(X), 3 * X)
 
 
 def test_dispatch_refuses_to_pickle_what_a_pickle_would_leave_out():
@@ -215,18 +324,35 @@ def test_dispatch_refuses_attention_that_it_cannot_replace(pattern):
 
 
 class CheckpointsItself(Attention):
+    reentrant = True
+
     def forward(self, x: torch.Tensor, *args) -> torch.Tensor:
-        return checkpoint(super().forward, x, use_reentrant=True)
+        return checkpoint(super().forward, x, use_reentrant=self.reentrant)
 
 
-def test_dispatch_refuses_reentrant_checkpointing_of_a_part_of_a_forward():
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_dispatch_refuses_checkpointing_of_a_part_of_a_forward(reentrant):
     model = nn.Sequential(CheckpointsItself())
+    model[0].reentrant = reentrant
     apply(model, modules="0", attention=Recorder())
     x = X.clone().requires_grad_()
     with pytest.raises(NotImplementedError, match="checkpoint the whole module"):
         model(x)
+    with pytest.raises(NotImplementedError, match="checkpoint the whole module"):
+        checkpoint(model, x, use_reentrant=False)
     with torch.no_grad():
         assert torch.equal(model(x), 3 * x)
+
+
+def test_dispatch_lets_saved_tensors_of_a_part_of_a_forward_be_offloaded():
+    def offloads(q, k, v):
+        with save_on_cpu():
+            return F.scaled_dot_product_attention(q, k, v)
+
+    model, x = nn.Sequential(Attention(offloads)), X.clone().requires_grad_()
+    apply(model, modules="0", attention=Recorder())
+    checkpoint(model, x, use_reentrant=False).sum().backward()
+    assert torch.equal(x.grad, torch.full_like(X, 3))
 
 
 def test_dispatch_lets_a_whole_module_be_checkpointed_either_way():

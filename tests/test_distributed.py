@@ -7,15 +7,14 @@ import math
 
 import pytest
 
+from cptrain.distributed.divide import divisors, valid_ulysses_degrees
 from cptrain.distributed.settings import (
     CommConfig,
     Degrees,
     ParallelismConfig,
     choose_degrees,
-    divisors,
     resolve_degrees,
     sequence_multiple,
-    valid_ulysses_degrees,
 )
 
 # short names of the keys that the tables below set
@@ -92,8 +91,18 @@ def test_distributed_auto_takes_the_method_that_sends_fewest_bytes_and_says_why(
         (8, (8, 2), {"replicate": -1}, "replicate", "must be at least 1", ""),
         (8, (8, 2), {"shard": 0}, "shard", "must be at least 1, or -1 for all ranks left over", ""),
         (8, (8, 2), {"ring": 0}, "ring", 'must be at least 1, or "auto"', ""),
-        (8, (8, 2), {"ring": 3}, "shard", "ring 3 x ulysses 1 x tensor 1 = 3 does not divide the world size 8", "of 3"),
-        (2, (8, 2), {"ring": 4}, "shard", "= 4 does not divide the world size 2", "run on a multiple of 4 ranks"),
+        (8, (8, 2), {"ring": 3}, "ring", "ring 3 x ulysses 1 x tensor 1 = 3 does not divide the world size 8", "of 3"),
+        (2, (8, 2), {"ring": 4}, "ring", "= 4 does not divide the world size 2", "run on a multiple of 4 ranks"),
+        (4, (8, 2), {"replicate": 2, "context": 8}, "context", "= 16 does not divide", "lower one of the degrees"),
+        (
+            1,
+            (8, 2),
+            {"tp": 2},
+            "tp",
+            "= 2 ranks are needed, and this is one",
+            "nproc-per-node 2 -m cptrain.train ...`, or",
+        ),
+        (1, (8, 2), {"context": 16}, "context", "= 16 ranks are needed", "run on a multiple of 16 ranks, or lower"),
         (8, (8, 2), {"shard": 3}, "shard", "= 3, but the world size is 8", "run on 3 ranks, or set it to -1"),
         (8, (8, 2), {"context": 8, "ring": 3}, "context", "must be ring x ulysses = 3 x 2 = 6", "correct ring_degree"),
         (8, (8, 2), {"context": 4, "ring": 2, "ulysses": 4}, "context", "= 2 x 4 = 8", "leave it out"),
@@ -121,7 +130,7 @@ def test_distributed_auto_takes_the_method_that_sends_fewest_bytes_and_says_why(
 )
 def test_distributed_settings_that_do_not_fit_are_refused_with_rule_and_way_out(world, heads, keys, key, rule, fix):
     degrees, (problem,) = resolve(world, heads, **keys)
-    assert degrees is None
+    assert degrees is None or degrees.world != world
     assert problem.key == KEYS[key]
     assert rule in problem.rule
     assert fix in problem.fix
@@ -142,8 +151,9 @@ def test_distributed_degrees_always_multiply_to_the_world_and_keep_heads_whole()
         (1, 2, 6, 8), ((8, 8), (8, 2), (12, 4), (6, 1)), ("auto", 1, 2, 3, 4, 8), methods, (1, 2)
     ):
         degrees, found = resolve(world, heads, context=context, method=method, tp=tp)
-        assert (degrees is None) == bool(found)
-        if degrees is None:
+        if found or degrees is None:
+            assert found
+            assert degrees is None or degrees.world != world
             continue
         resolved += 1
         assert degrees.world == world == degrees.data * degrees.context * degrees.tp
@@ -181,6 +191,12 @@ def test_distributed_ulysses_degrees_are_those_at_which_every_query_meets_its_kv
                 assert valid_ulysses_degrees(heads, kv_heads, tp) == expected, (heads, kv_heads, tp)
 
 
+def test_distributed_divisors_are_all_there_are_and_found_at_once_for_large_numbers():
+    for number in range(1, 200):
+        assert divisors(number) == [d for d in range(1, number + 1) if number % d == 0]
+    assert len(divisors(10**12)) == 13**2
+
+
 @pytest.mark.parametrize(
     ("degrees", "multiple"),
     [
@@ -198,7 +214,8 @@ def test_distributed_sequence_multiple_leaves_even_halves_and_tensor_parallel_pa
     assert local % degrees.tp == 0
 
 
-def test_distributed_timeouts_must_be_positive():
-    found = [problem.key for problem in CommConfig(init_timeout_seconds=0, train_timeout_seconds=-1).problems()]
+@pytest.mark.parametrize(("init", "train"), [(0, -1), (10**15, 365 * 24 * 3600 + 1)])
+def test_distributed_timeouts_are_positive_and_a_year_at_most(init, train):
+    found = [problem.key for problem in CommConfig(init_timeout_seconds=init, train_timeout_seconds=train).problems()]
     assert found == ["init_timeout_seconds", "train_timeout_seconds"]
     assert list(CommConfig().problems()) == []

@@ -14,8 +14,8 @@ from cptrain.distributed.process_group import (
     first_rank_result,
     local_device,
     process_group,
+    rank_from_environment,
     set_timeouts,
-    world_size_from_environment,
 )
 from cptrain.distributed.settings import CommConfig, Degrees
 from cptrain.distributed.transport import (
@@ -201,27 +201,56 @@ def test_distributed_timeouts_are_set_for_every_group(pool):
     assert pool.run(2, timeouts) == [[timedelta(seconds=41)] * 2] * 2
 
 
-@pytest.mark.parametrize(
-    ("variables", "world"),
-    [
-        ({}, 1),
-        ({"WORLD_SIZE": "8"}, 8),
-        ({"SLURM_NTASKS": "4"}, 4),
-        ({"WORLD_SIZE": "2", "SLURM_NTASKS": "4"}, 2),
-    ],
-    ids=["none", "torchrun", "srun", "torchrun under srun"],
-)
-def test_distributed_world_size_is_what_the_launcher_says(monkeypatch, variables, world):
-    for name in ("WORLD_SIZE", "SLURM_NTASKS"):
+LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHERS += ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_STEP_TASKS_PER_NODE")
+FOUND_AT = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
+TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", **FOUND_AT}
+SALLOC = {"SLURM_NTASKS": "4"}
+SRUN = {**SALLOC, "SLURM_PROCID": "3"}
+
+
+def set_launcher(monkeypatch, variables):
+    """An environment with these variables of launchers and no others."""
+    for name in LAUNCHERS:
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert world_size_from_environment() == world
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, (0, 1)),
+        (TORCHRUN, (1, 2)),
+        (SALLOC, (0, 1)),
+        (SALLOC | FOUND_AT, (0, 1)),
+        (SRUN | FOUND_AT, (3, 4)),
+        (SRUN | TORCHRUN, (1, 2)),
+        (SRUN | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, (0, 1)),
+    ],
+    ids=["none", "torchrun", "salloc", "salloc with an address", "srun", "torchrun under srun", "one task"],
+)
+def test_distributed_rank_and_world_size_are_what_the_launcher_says(monkeypatch, variables, expected):
+    set_launcher(monkeypatch, variables)
+    assert rank_from_environment() == expected
+
+
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE = 2, but RANK, MASTER_ADDR, MASTER_PORT not set"),
+        (SRUN, "SLURM_NTASKS = 4, but MASTER_ADDR, MASTER_PORT not set"),
+        ({"WORLD_SIZE": "2", **SRUN, "MASTER_ADDR": "node1"}, "WORLD_SIZE = 2, but MASTER_PORT not set"),
+    ],
+)
+def test_distributed_launcher_that_leaves_something_out_is_refused_by_name(monkeypatch, variables, told):
+    set_launcher(monkeypatch, variables)
+    with pytest.raises(RuntimeError, match=f"^{told}: .*start them with torchrun"):
+        process_group(CommConfig(), CPU).__enter__()
 
 
 def test_distributed_process_group_without_a_launcher_is_a_world_of_one_that_ends_with_the_block(monkeypatch):
-    for name in ("WORLD_SIZE", "SLURM_NTASKS", "RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
+    set_launcher(monkeypatch, {})
     with process_group(CommConfig(), CPU):
         assert (dist.get_rank(), dist.get_world_size()) == (0, 1)
     assert not dist.is_initialized()
@@ -233,3 +262,28 @@ def test_distributed_process_group_without_a_launcher_is_a_world_of_one_that_end
 def test_distributed_device_of_a_host_without_cuda_is_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert local_device() == CPU
+
+
+@pytest.mark.parametrize(
+    ("variables", "gpus", "ranks"),
+    [
+        ({"LOCAL_WORLD_SIZE": "2"}, 1, 2),
+        ({"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "8", "SLURM_STEP_TASKS_PER_NODE": "1(x4)"}, 4, 8),
+        ({"SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "4(x2),3", "SLURM_NODEID": "1"}, 3, 4),
+        ({"SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "4(x2),3", "SLURM_NODEID": "2"}, 3, None),
+        ({"SLURM_LOCALID": "5"}, 4, 6),
+        ({"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "4"}, 4, None),
+        ({}, 1, None),
+    ],
+)
+def test_distributed_host_with_more_ranks_than_gpus_is_refused_on_all_of_them(monkeypatch, variables, gpus, ranks):
+    """ranks: that are told of; None where each has a GPU."""
+    set_launcher(monkeypatch, variables)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda number: None)
+    if ranks is None:
+        assert local_device() == torch.device("cuda", 0)
+    else:
+        with pytest.raises(RuntimeError, match=f"^{ranks} ranks on this host, but {gpus} GPU.*CUDA_VISIBLE_DEVICES="):
+            local_device()

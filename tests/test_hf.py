@@ -47,6 +47,8 @@ CLASSES = {
     "Llama4Text": "Llama4ForCausalLM",
     "T5": "T5ForConditionalGeneration",
 }
+# What calls attention itself, where its name is not self_attn.
+ATTENTION = {"Bert": "*.attention.self", "Bloom": "*.self_attention", "GPT2": "*.attn", "T5": "*.SelfAttention"}
 PLANS: dict[str, tuple[int, dict[str, Any]]] = {
     "ring 2": (2, {"ring": 2}),
     "ulysses 2": (2, {"ulysses": 2}),
@@ -171,9 +173,13 @@ def deep_copy(rank: int, world: int) -> None:
     for x in (reference, twin):
         torch.nn.init.ones_(x.model.layers[0].self_attn.q_proj.weight)
     assert_equal_to_one_process(twin, reference, cp)
+    other = make_plan(ulysses=2)
+    other.apply(twin, modules="*.self_attn")
+    assert_equal_to_one_process(twin, reference, other)
+    assert_equal_to_one_process(model, make_model(), cp)
 
 
-def test_hf_deep_copy_computes_with_its_own_weights(pool):
+def test_hf_deep_copy_computes_with_its_own_weights_and_plan(pool):
     pool.run(2, deep_copy)
 
 
@@ -323,8 +329,7 @@ def refuse_models(rank: int, world: int) -> dict[str, str]:
         with torch.device("meta"):
             model = getattr(transformers, CLASSES.get(family, f"{family}ForCausalLM"))(config)
         before = config._attn_implementation
-        patterns = ["*.self_attn", "*.attn", "*.self_attention", "*.SelfAttention", "*.attention.self"]
-        found[name] = raised(cp.apply, model, modules=patterns)
+        found[name] = raised(cp.apply, model, modules=ATTENTION.get(family, "*.self_attn"))
         changed = [module for module, x in model.named_modules() if "forward" in vars(x)]
         assert config._attn_implementation == before and not changed, name
     return found
@@ -341,6 +346,17 @@ def test_hf_refuses_a_model_that_would_not_be_exact_and_leaves_it_alone(refused_
     message = refused_models[name]
     assert message.startswith("NotImplementedError: "), message
     assert re.search(MODELS[name][2], message), message
+
+
+def refuse_whole_models(rank: int, world: int) -> list[str]:
+    model, cp = make_model(), make_plan()
+    return [raised(cp.apply, model, modules=name) for name in ("", "model")]
+
+
+def test_hf_refuses_a_match_that_holds_a_whole_model(pool):
+    itself, inner = pool.run(1, refuse_whole_models)[0]
+    assert itself.startswith("ValueError: the model itself is or contains a transformers model: name the modules in it")
+    assert inner.startswith("ValueError: model is or contains a transformers model: ")
 
 
 def calls(cp: ContextParallel) -> dict[str, tuple[tuple[Any, ...], dict[str, Any], str]]:
@@ -496,7 +512,6 @@ PACKED_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt-2": ("GPT2", {"n_positions": LENGTH, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}),
 }
 PACKED_PLANS = PLANS | {"one rank": (1, {}), "ring 4": (4, {"ring": 4})}
-ATTENTION = ["*.self_attn", "*.attn"]
 # Lengths of the documents of each row; a negative one is padding.
 PACKS = (((10, 1, 13), (2, 15, -7)), ((LENGTH,), (-1, 5, 7, 11)))
 
@@ -551,7 +566,7 @@ def packed_parity(rank: int, world: int, options: dict[str, Any]) -> None:
     for family, keys in PACKED_FAMILIES.values():
         model = make_model(family, **keys)
         reference, masks = copy.deepcopy(model), []
-        first = model.get_submodule(cp.apply(model, modules=ATTENTION)[0])
+        first = model.get_submodule(cp.apply(model, modules=ATTENTION.get(family, "*.self_attn"))[0])
         first.register_forward_pre_hook(
             lambda _, args, given, m=masks: m.append(given["attention_mask"]), with_kwargs=True
         )
@@ -654,8 +669,8 @@ def refuse_packed(rank: int, world: int) -> dict[str, tuple[str, str]]:
     import transformers
 
     model, cp = make_model(), make_plan(ring=2, layout="balanced", chunk_size=3)
-    make_plan(ring=2).apply(model, modules=ATTENTION)
-    cp.apply(model, modules=ATTENTION)
+    make_plan(ring=2).apply(model, modules="*.self_attn")
+    cp.apply(model, modules="*.self_attn")
     cases, packed = packed_calls(cp), cp.pack(packed_batch(PACKS[0])[3])
     assert list(cases) == PACKED_CALLS
     with packed:
@@ -669,13 +684,13 @@ def refuse_packed(rank: int, world: int) -> dict[str, tuple[str, str]]:
         loss = model(**good).logits.sum()
     rest["recompute outside"] = raised(loss.backward)
     alone, one = make_model(), ContextParallel(cp.mesh, ring=None, ulysses=None, layout="balanced")
-    one.apply(alone, modules=ATTENTION)
+    one.apply(alone, modules="*.self_attn")
     tokens, labels, _, ids = packed_batch(PACKS[0])
     with one.pack(ids):
         rest["labels on one rank"] = raised(alone, input_ids=tokens, labels=labels)
     with torch.device("meta"):
         hybrid = transformers.Lfm2ForCausalLM(transformers.Lfm2Config(**SIZES | MODELS["linear"][1]))
-    rest["layers with a state"] = raised(cp.apply, hybrid, modules=ATTENTION)
+    rest["layers with a state"] = raised(cp.apply, hybrid, modules="*.self_attn")
     return found | {name: (message, PACKED_REST[name]) for name, message in rest.items()}
 
 

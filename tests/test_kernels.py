@@ -12,7 +12,7 @@ from tolerance import assert_matches
 from torch.nn.attention import _registry
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cptrain.context_parallel import reference
+from cptrain.context_parallel import kernels, reference
 from cptrain.context_parallel.kernels import (
     CPU_FLASH,
     KERNELS,
@@ -238,6 +238,21 @@ def test_kernel_choice_takes_the_fastest_that_fits(monkeypatch):
         assert choose_kernel("cuda", torch.bfloat16, key_dim=192, value_dim=128).name == "efficient"
         assert choose_kernel("cuda", torch.float32).name == "efficient"
         assert choose_kernel("cuda", torch.float64) is REFERENCE
+
+
+def test_kernel_choice_is_logged_once_and_warns_of_plain_torch(caplog):
+    kernels._choose.cache_clear()
+    with caplog.at_level("INFO", logger=kernels.__name__):
+        for dims in ((24, 24), (24, 16), (24, 16)):
+            choose_kernel("cpu", torch.float32, key_dim=dims[0], value_dim=dims[1])
+        choose_kernel("cpu", torch.float32, key_dim=24, value_dim=16, name="reference")
+    infos, warnings = ([r.getMessage() for r in caplog.records if r.levelname == x] for x in ("INFO", "WARNING"))
+    odd = "torch.float32 on cpu with keys of 24 and values of 16"
+    assert infos == [
+        "attention kernel cpu flash for torch.float32 on cpu with keys of 24",
+        *[f"attention kernel reference for {odd}"] * 2,
+    ]
+    assert warnings == [f"attention is several times slower in plain torch: no other kernel takes {odd}"]
 
 
 def test_kernel_choice_leaves_cudnn_out_where_results_must_not_vary_or_it_is_switched_off(monkeypatch):

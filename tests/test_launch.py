@@ -76,13 +76,16 @@ def test_launch_kubernetes_has_as_many_gpus_as_its_preset_asks_for() -> None:
     assert f"# ranks: {int(nodes[1]) * int(ranks[1])}\n" in (presets_folder() / f"{preset[1]}.toml").read_text()
 
 
-def test_launch_quickstart_offers_more_steps_than_the_preset_takes() -> None:
+@pytest.mark.parametrize("file", ["launch/quickstart.sh", "README.md"])
+def test_launch_more_steps_are_offered_than_the_preset_takes_under_its_schedule(file: str) -> None:
     offered = re.search(
-        r"--config debug --training\.steps (\d+)$", (LAUNCH / "quickstart.sh").read_text(), re.MULTILINE
+        r"--config debug .*--training\.steps (\d+) --lr_scheduler\.total_steps (\d+)$",
+        (ROOT / file).read_text(),
+        re.MULTILINE,
     )
     taken = re.search(r"^\[training\][^\[]*^steps = (\d+)", (presets_folder() / "debug.toml").read_text(), re.MULTILINE)
     assert offered and taken
-    assert int(offered[1]) > int(taken[1])
+    assert int(offered[1]) > int(offered[2]) == int(taken[1])
 
 
 def test_launch_ci_runs_the_same_checks() -> None:

@@ -52,8 +52,6 @@ PRIVATE_USES = {
     "parallel/activation_checkpoint.py": {
         # Wraps a module so that names in checkpoints stay plain; there is no public one.
         "torch.distributed.algorithms._checkpoint.checkpoint_wrapper",
-        # The type of what a selective policy is asked about.
-        "torch._ops.OpOverload",
     },
     "parallel/apply.py": {
         # A switch of the compiler without another way in.
@@ -129,7 +127,8 @@ def is_private(part: str) -> bool:
 
 def is_aten(value: object) -> bool:
     """Whether a constant is the name of a private operator."""
-    return isinstance(value, str) and bool(re.fullmatch(r"_\w+", value)) and hasattr(torch.ops.aten, value)
+    named = isinstance(value, str) and bool(re.fullmatch(r"_\w+", value)) and is_private(value)
+    return named and hasattr(torch.ops.aten, value)
 
 
 def private_names(tree: ast.Module) -> set[str]:
@@ -252,5 +251,12 @@ def test_layers_settings_and_the_package_import_no_torch() -> None:
     names = ["cptrain", *settings, "cptrain.config.command", "cptrain.train.report"]
     names += ["cptrain.train.__main__", "cptrain.check.__main__"]
     code = f"import sys, {', '.join(names)}\nprint(sorted({{'torch', 'numpy', 'tensorboard'}} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr, done.returncode) == ("[]\n", "", 0)
+
+
+def test_layers_context_parallel_needs_nothing_of_settings():
+    code = "import sys\nsys.modules['tomli'] = None\nimport cptrain.context_parallel\n"
+    code += "print([name for name in sys.modules if name.startswith(('cptrain.config', 'cptrain.train'))])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr, done.returncode) == ("[]\n", "", 0)

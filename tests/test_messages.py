@@ -5,15 +5,20 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from small import loss_sum, plan, small_batch, small_model
 from tolerance import assert_matches
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.utils.checkpoint import checkpoint
 
+from cptrain.context_parallel import ContextParallel, keep_attention
 from cptrain.context_parallel import attention as operator
 from cptrain.parallel.activation_checkpoint import apply_activation_checkpoint
 
@@ -146,6 +151,44 @@ def test_messages_and_kernels_of_forward_are_repeated_by_full_checkpointing(step
         assert of_rank[degrees, "full"] == (forward, backward + forward)
 
 
+class Foreign(nn.Module):
+    """A module of somebody else that attends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x * self.weight
+        return F.scaled_dot_product_attention(x, x, x, is_causal=True) * self.weight
+
+
+def checkpointed_steps(rank: int, world: int) -> dict:
+    """(ring, ulysses), what checkpointing of a foreign model is told -> events of a step of it."""
+    found = {}
+    for degrees in PLANS[world]:
+        for keeps, options in (("attention", {"context_fn": keep_attention}), ("nothing", {})):
+            model, cp = nn.Sequential(*(Foreign() for _ in range(LAYERS))), plan(*degrees)
+            cp.apply(model, modules="?")
+            x = torch.ones(1, 4, 6, 4, requires_grad=True)
+            with logged() as log:
+                for layer in model:
+                    x = checkpoint(layer, x, use_reentrant=False, **options)
+                forward = log.take()
+                x.sum().backward()
+                found[degrees, keeps] = forward, log.take()
+    return found
+
+
+@pytest.mark.parametrize("world", PLANS)
+def test_messages_of_a_foreign_module_are_not_repeated_if_checkpointing_keeps_attention(pool, world):
+    for of_rank in pool.run(world, checkpointed_steps):
+        for degrees in PLANS[world]:
+            forward, backward = once(*degrees)
+            assert of_rank[degrees, "attention"] == (forward, backward)
+            assert of_rank[degrees, "nothing"] == (forward, backward + forward)
+
+
 def sent(log: Log) -> list[int]:
     return [event[1] for event in log if event[0] == "send"]
 
@@ -184,3 +227,75 @@ def test_messages_of_gradients_have_a_communicator_of_their_own(attentions):
 def test_messages_of_one_rank_are_none(attentions):
     forward, backward, _ = attentions[1][0]["zigzag", True, torch.float64]
     assert (forward, backward) == ([("forward",)], [("backward",)])
+
+
+class _Waited:
+    """A message that is in flight until it is waited for."""
+
+    def __init__(self, work: dist.Work, in_flight: set[int]) -> None:
+        self._work, self._in_flight = work, in_flight
+        in_flight.add(id(self))
+
+    def wait(self) -> None:
+        self._work.wait()
+        self._in_flight.discard(id(self))
+
+
+def in_flight_at_blocks(rank: int, world: int, options: dict) -> tuple[list[bool], list[bool]]:
+    """Whether a message was in flight at each kernel call of one attention, forward and backward."""
+    packed = options.get("layout") == "balanced"
+    mesh = init_device_mesh("cpu", (world, 1), mesh_dim_names=("ring", "ulysses"))
+    cp, log, in_flight = ContextParallel(mesh, **options), [], set()
+    q, k, v = (torch.randn(1, heads, 8, 4, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
+    names = [
+        "batch_isend_irecv",
+        "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor",
+    ]
+    originals = {name: getattr(dist, name) for name in names}
+
+    def posted(name: str):
+        def call(*args, **options):
+            work = originals[name](*args, **options)
+            return [_Waited(w, in_flight) for w in work] if isinstance(work, list) else _Waited(work, in_flight)
+
+        return call
+
+    def watched(call):
+        return lambda *args: (log.append(bool(in_flight)), call(*args))[1]
+
+    choose = operator.choose_kernel
+
+    def kernel(*args, **options):
+        found = choose(*args, **options)
+        return dataclasses.replace(found, forward=watched(found.forward), backward=watched(found.backward))
+
+    batch = cp.pack(torch.zeros(1, 8 * world, dtype=torch.int64)) if packed else nullcontext()
+    with (
+        mock.patch.multiple(dist, **{name: posted(name) for name in names}),
+        mock.patch.object(operator, "choose_kernel", kernel),
+        batch,
+    ):
+        out = cp.attention(q, k, v, is_causal=True)
+        forward = list(log)
+        out.sum().backward()
+    assert not in_flight
+    return forward, log[len(forward) :]
+
+
+CARRIED = {
+    "ring": {},
+    "double ring": {"ring_inner_degree": 2},
+    "all_gather": {"method": "all_gather"},
+    "documents": {"layout": "balanced"},
+}
+
+
+@pytest.mark.parametrize("name", CARRIED)
+def test_messages_travel_while_blocks_are_computed_unless_that_is_switched_off(pool, name):
+    for overlap in (True, False):
+        for forward, backward in pool.run(4, in_flight_at_blocks, {**CARRIED[name], "overlap": overlap}):
+            # The last piece has nothing behind it forward; backward, gradients follow.
+            assert any(forward) == any(backward) == overlap
+            assert forward[0] == overlap and not forward[-1]
+            if name == "double ring":  # the message between groups has a whole revolution to arrive
+                assert all(forward[:-1]) == overlap

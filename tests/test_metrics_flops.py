@@ -55,6 +55,18 @@ def test_metrics_pairs_are_those_the_mask_shows(lengths):
     assert visible_pairs(lengths, "full") == sum(mask.numel() for mask in seen)
 
 
+@pytest.mark.parametrize("window", [1, 2, 5, 7, 100])
+def test_metrics_pairs_are_those_that_a_window_leaves(window):
+    lengths = [7, 1, 5]
+    seen = [torch.ones(length, length).tril().triu(1 - window) for length in lengths]
+    assert visible_pairs(lengths, "causal", window) == sum(int(mask.sum()) for mask in seen)
+
+
+def test_metrics_pairs_of_layers_are_each_those_of_its_window():
+    shape = dataclasses.replace(SHAPE, attention_mask="causal", window_size=2, full_attention_every=3)
+    assert attention_pairs(shape, [4, 1]) == 2 * (1 + 2 + 2 + 2 + 1) + (10 + 1)
+
+
 def test_metrics_flops_of_llama_8b_at_128k_are_mostly_attention():
     """6 FLOPs per token and matrix weight, 6 H D (S + 1) per token and layer of causal attention."""
     shape = dataclasses.replace(

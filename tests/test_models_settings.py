@@ -12,7 +12,7 @@ import torch
 
 from cptrain.models.flavors import FLAVORS
 from cptrain.models.llama import Llama
-from cptrain.models.settings import ModelConfig, resolve
+from cptrain.models.settings import ModelConfig, known_sizes, resolve
 from cptrain.models.shape import RopeScaling, num_parameters
 
 BYTES = 259
@@ -240,6 +240,20 @@ def test_models_settings_problem_names_its_key(keys, blamed):
 )
 def test_models_settings_unknown_flavor_is_answered_with_the_nearest(written, meant):
     assert rules(ModelConfig(flavor=written))["flavor"].endswith(f'did you mean "{meant}"?')
+
+
+def test_models_settings_odd_head_is_told_of_only_where_it_is_a_size():
+    assert rules(ModelConfig(**SMALL, head_dim=-3)) == {"head_dim": "must be at least 1; "}
+
+
+def test_models_settings_known_sizes_are_those_of_the_shape_without_the_wrong_ones_and_what_follows():
+    right = SMALL | {"window_size": 8, "full_attention_every": 2}
+    shape, known = dataclasses.asdict(resolve(ModelConfig(**right), BYTES)), known_sizes(ModelConfig(**right), BYTES)
+    assert known == {key: shape[key] for key in known}
+    wrong = known_sizes(ModelConfig(**right | {"num_heads": 0, "rope_factor": 0.5, "vocab_size": -1}), BYTES)
+    assert wrong == known | {"num_heads": 0, "num_kv_heads": 0, "head_dim": 0, "vocab_size": 0}
+    other = known_sizes(ModelConfig(flavor="x", num_heads=4), BYTES)
+    assert {key for key, size in other.items() if size} == {"num_heads"}
 
 
 def test_models_settings_need_no_torch():

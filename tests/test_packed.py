@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -12,12 +13,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from small import loss_sum, small_batch, small_model
-from test_attention import HEADS, problem
+from test_attention import HEADS, gathered, problem
 from tolerance import assert_matches
 from torch.distributed.device_mesh import init_device_mesh
 
 from cptrain.context_parallel import ContextParallel, carrier, hops, memory_order, parts
-from cptrain.context_parallel.packing import Packer, find_documents
+from cptrain.context_parallel.packing import Moved, Packer, find_documents
 from cptrain.distributed.transport import recorded_messages
 from cptrain.parallel.activation_checkpoint import apply_activation_checkpoint
 from cptrain.parallel.apply import compile_blocks
@@ -34,6 +35,7 @@ PLANS: dict[int, dict[str, dict[str, Any]]] = {
     },
     3: {
         "ring": {"ring": 3},
+        "ulysses": {"ulysses": 3},
         "all-gather": {"ring": 3, "method": "all_gather"},
         "double ring of 3": {"ring": 3, "ring_inner_degree": 3},
     },
@@ -49,6 +51,8 @@ PLANS: dict[int, dict[str, dict[str, Any]]] = {
     },
     8: {
         "ring": {"ring": 8},
+        "ulysses": {"ulysses": 8},
+        "hybrid": {"ring": 2, "ulysses": 4},
         "hybrid with double ring": {"ring": 4, "ulysses": 2, "ring_inner_degree": 2},
         "all-gather": {"ring": 8, "method": "all_gather"},
     },
@@ -125,16 +129,18 @@ def sharded(cp: ContextParallel, q, k, v, dout, ids: torch.Tensor, window_size: 
     with batch:
         out = cp.attention(q, k, v, is_causal=True, window_size=window_size)
         grads = torch.autograd.grad(out, (q, k, v), batch.shard(dout, dim=2))
-    return tuple(batch.unshard(x.detach(), dim=2) for x in (out, *grads))
+    return gathered(batch, out, *grads)
 
 
 def check_every_pack(rank: int, world: int, options: dict[str, Any], device: str = "cpu") -> None:
     plan, length = make_plan(device=device, **options), 2 * CHUNK * 2 * world
     rows = [(name, PACKS[number - 1]) for number, name in enumerate(PACKS)]
-    rows = rows[:: {4: 2, 8: 4}.get(world, 1)]  # many ranks take turns on few cores
-    for ((heads, kv_heads), window_size), names in itertools.product(
-        zip(HEADS.values(), (None, 5, None), strict=True), rows
+    rows = rows[:: 2 if world > 3 else 1]  # all packs: each row has another one beside it
+    every_heads = HEADS if options.get("ulysses") != 3 else {"mha": (6, 6), "gqa": (6, 3), "mqa": (6, 1)}
+    for (number, names), (kind, (heads, kv_heads)) in itertools.product(
+        enumerate(rows), enumerate(every_heads.values())
     ):
+        window_size = 5 if (number + kind) % 2 else None
         inputs, ids = problem(heads, kv_heads, length=length, device=device), ids_of(names, length)
         expected = single_process(*inputs, ids, window_size)
         actual = sharded(plan, *inputs, ids, window_size)
@@ -254,8 +260,44 @@ def routes_of_packs(rank: int, world: int, options: dict[str, Any]) -> dict[str,
     plan, routes = make_plan(**options), {}
     for name in ("one document", "on chunk edges", "a"):
         with plan.pack(ids_of((name,), 2 * CHUNK * 2 * world)):
-            routes[name] = plan._entered.route.partition(";")[0]
+            routes[name] = plan._entered.route(0, torch.bfloat16).partition(";")[0]
     return routes
+
+
+def routes_of_windows(rank: int, world: int, method: str) -> list[str]:
+    """How keys travel for layers without a window and with one, in half precision and in full, and what then moves."""
+    plan, length = make_plan(ring=2, method=method), 2 * CHUNK * 2 * world
+    model = small_model(num_layers=2)
+    plan.apply(model, modules="layers.0.attention")
+    plan.apply(model, modules="layers.1.attention", window_size=4)
+    assert plan.packer().windows == (0, 4)
+    batch = plan.pack(ids_of(("one document",), length))
+    found = []
+    with batch:
+        for window in (0, 4, 3, 5):
+            route = plan._entered.route(window, torch.bfloat16).partition(";")[0]
+            assert batch.exchanges(window, torch.bfloat16) == (route == "exchange")
+            found.append(f"{window} {route} {batch.num_moved(window, torch.bfloat16) < batch.packing.ring_keys}")
+    return found
+
+
+@pytest.mark.parametrize(("method", "carried"), [("auto", "ring"), ("all_gather", "all_gather")])
+def test_packed_layers_with_windows_send_what_their_windows_reach(pool, method, carried):
+    # A window that nobody counted goes the way of the next wider one.
+    expected = [f"0 {carried} False", "4 exchange True", "3 exchange True", f"5 {carried} False"]
+    assert pool.run(2, routes_of_windows, method)[0] == expected
+
+
+def test_packed_full_precision_counts_gradients_as_wide_as_keys(pool):
+    assert pool.run(2, routes_by_width)[0] == (True, False)
+
+
+def routes_by_width(rank: int, world: int) -> tuple[bool, bool]:
+    plan = make_plan(ring=2)
+    packing = plan.pack(ids_of(("one document",), 96)).packing
+    # In half precision a ring sends 1 + 2 widths of all 96 keys, an exchange 2 + 2 of these; in full 1 + 1 and 2 + 1.
+    batch = plan.packed(replace(packing, moved=(Moved(0, 68, 68),)).encode())
+    return batch.exchanges(0, torch.bfloat16), batch.exchanges(0, torch.float32)
 
 
 def test_packed_keys_go_round_the_ring_or_straight_to_readers_by_what_is_cheaper(pool):
@@ -432,7 +474,7 @@ def sent_in_bf16(rank: int, world: int) -> tuple[int, int]:
     q, k, v, dout = batch.shard(*(x.bfloat16() for x in problem(4, 2, length=length)), dim=2)
     leaves = [x.requires_grad_() for x in (q, k, v)]
     with batch:
-        assert cp._entered.route == cp._exchange_route
+        assert cp._entered.route(0, torch.bfloat16) == cp._exchange_route
         with recorded_messages() as forward:
             out = cp.attention(*leaves, is_causal=True)
         with recorded_messages() as backward:

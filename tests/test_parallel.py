@@ -18,7 +18,7 @@ from cptrain.distributed.mesh import Meshes, build_meshes
 from cptrain.distributed.settings import Degrees, ParallelismConfig
 from cptrain.loss import cross_entropy_sum
 from cptrain.models.shape import num_parameters
-from cptrain.parallel.apply import ParallelModel, Precision, parallelise
+from cptrain.parallel.apply import ParallelModel, Precision, compile_blocks, parallelise
 from cptrain.parallel.settings import ActivationCheckpointConfig, CompileConfig
 
 CPU = torch.device("cpu")
@@ -153,6 +153,11 @@ def check_compiled(rank: int, world: int, cases: list[tuple[Degrees, str]]) -> N
 )
 def test_parallel_model_whose_blocks_are_compiled_has_the_gradients_of_one_process(pool, world, cases):
     pool.run(world, check_compiled, cases)
+
+
+def test_parallel_model_is_not_compiled_by_a_backend_that_torch_does_not_have():
+    with pytest.raises(ValueError, match=r'compile\.backend = "nope": must be one that torch has: .*inductor'):
+        compile_blocks(small_model(), backend="nope")
 
 
 def gradients_by_microbatch(rank: int, world: int) -> None:

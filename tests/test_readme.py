@@ -119,6 +119,11 @@ def test_readme_command_runs(command, outputs):
     assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
 
 
+def test_readme_installs_beside_a_torch_of_ones_own():
+    (install,) = [command for command in COMMANDS if command.startswith("pip ")]
+    assert "constraints" not in install, "they would replace it"
+
+
 def test_readme_names_the_presets_there_are():
     listed = set(re.findall(r"^\| `(\w+)` \|", README, flags=re.MULTILINE))
     assert {path.stem for path in (ROOT / "configs").glob("*.toml")} <= listed

@@ -29,8 +29,10 @@ from legs import (
 from runs import GLOBAL_BATCH, small_settings, write_text
 
 from cptrain.models.settings import ModelConfig
-from cptrain.train.resume import plain_shape, warn_of_other_shape
-from cptrain.train.settings import TrainingStage, TrainSettings
+from cptrain.optim.settings import LRSchedulerConfig
+from cptrain.train.resume import plain_schedule, plain_shape, warn_of_other_schedule, warn_of_other_shape
+from cptrain.train.settings import TrainingConfig, TrainingStage, TrainSettings
+from cptrain.train.stage import Stage
 from cptrain.train.trainer import Trainer
 
 LAYOUTS = {
@@ -212,6 +214,44 @@ def test_resume_after_a_signal_to_one_rank_is_bitwise(pool, settings_of):
     assert (steps_of(going_on[0]), steps_of(going_on[0], "validation")) == ([1, 2, 3, 4, 5, 6], [0, 6])
 
 
+def interrupted_validation(rank: int, world: int, settings: TrainSettings, number: int) -> tuple[Leg, list[int]]:
+    """SIGTERM on rank 1 before the second batch of the validation of this number; and the batches that each read."""
+    whole, read = Stage.held_out_batches, []
+
+    def batches(stage):
+        read.append(0)
+        for batch in whole(stage):
+            read[-1] += 1
+            if (rank, len(read), read[-1]) == (1, number, 2):
+                signal.raise_signal(signal.SIGTERM)
+            yield batch
+
+    with mock.patch.object(Stage, "held_out_batches", batches):
+        return leg(settings), read
+
+
+@pytest.mark.parametrize(
+    ("layout", "number", "steps", "measured"),
+    [("ring 2", 1, 0, []), ("fsdp 2", 2, 2, [0]), ("ring 2", 3, 4, [0, 2])],
+    ids=["before the first step", "between steps", "at the end"],
+)
+def test_resume_after_a_signal_in_a_validation_leaves_out_the_rest_of_it(
+    pool, settings_of, layout, number, steps, measured
+):
+    """No further batch and no further step: who sends a signal does not wait for long."""
+    keys = {"training": {"steps": 4, "local_batch_size": 2}, "validation": {"enable": True, "freq": 2, "steps": 2}}
+    settings = settings_of(layout, **keys)
+    stopped = pool.run(2, interrupted_validation, settings, number)
+    (first, read), (second, read_by_other) = stopped
+    assert [first.stopped_by, second.stopped_by] == ["a signal on another rank", "SIGTERM"]
+    assert read == read_by_other and len(read) == number
+    assert read[-1] == 2 < min([*read[:-1], 3])
+    assert (steps_of(first), steps_of(first, "validation")) == (list(range(1, steps + 1)), measured)
+    assert checkpoints(settings) == [f"step-{steps}"] * (steps > 0)
+    straight, going_on = (pool.run(2, start, settings_of(layout, name, **keys)) for name in ("straight", "run"))
+    assert [found.state for found in going_on] == [found.state for found in straight]
+
+
 def stop_by(rank: int, world: int, settings: TrainSettings, numbers: list[int]) -> tuple[Leg, list[Any]]:
     found = leg(settings, signals={2: numbers})
     return found, [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
@@ -349,6 +389,45 @@ def test_resume_warns_of_a_model_that_only_its_tensors_match(pool, settings_of):
         warning
         not in pool.run(2, start, settings_of("ring 2", training={"steps": 3}, model={"rope_theta": 2.0}))[0].log
     )
+
+
+@pytest.mark.parametrize(
+    ("step", "scheduler", "steps", "differs"),
+    [
+        (180, {}, 360, "lr_scheduler.total_steps = 180 (here 360)"),
+        (180, {"total_steps": 180}, 360, ""),
+        (180, {"warmup_steps": 30, "decay_ratio": 0.5}, 180, ""),  # both have come to the end
+        (60, {"decay_type": "linear"}, 180, "lr_scheduler.decay_type = cosine (here linear)"),
+        (10, {}, 360, ""),  # still in the warm-up, which is the same
+    ],
+)
+def test_resume_with_a_learning_rate_that_jumps_is_warned_of_by_key(caplog, step, scheduler, steps, differs):
+    def schedule(steps, **keys):
+        settings = TrainSettings(
+            training=TrainingConfig(steps=steps), lr_scheduler=LRSchedulerConfig(**{"warmup_steps": 20} | keys)
+        )
+        return json.loads(json.dumps(plain_schedule(settings, step)))
+
+    with caplog.at_level(logging.WARNING):
+        warn_of_other_schedule(schedule(steps, **scheduler), {})
+        assert not caplog.records
+        warn_of_other_schedule(schedule(steps, **scheduler), schedule(180))
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == bool(differs)
+    assert all(f": {differs}; " in message and "lr_scheduler.total_steps from the start" in message for message in told)
+
+
+def test_resume_warns_of_a_schedule_that_grows_with_the_steps(pool, settings_of):
+    def found(steps, total_steps):
+        settings = settings_of("ring 2", training={"steps": steps}, lr_scheduler={"total_steps": total_steps})
+        return [leg.log for leg in pool.run(2, start, settings)]
+
+    warning = "the learning rate does not go on where it was"
+    found(4, "auto")
+    assert not any(warning in log for log in found(5, 4))
+    grown = found(6, "auto")
+    assert "at step 5" in grown[0] and "lr_scheduler.total_steps = 4 (here 6)" in grown[0]
+    assert warning in grown[0] and warning not in grown[1]
 
 
 def folder_refusals(rank: int, world: int, settings: TrainSettings) -> str:

@@ -10,8 +10,9 @@ import pytest
 from keys_read import unread
 
 import cptrain
+from cptrain.checkpoint.settings import CheckpointConfig
 from cptrain.config import ConfigError, dump, keys, load, parse_command_line, preset_names, presets_folder
-from cptrain.train.settings import TrainingConfig, TrainingStage, TrainSettings
+from cptrain.train.settings import JobConfig, TrainingConfig, TrainingStage, TrainSettings
 
 PACKAGE = Path(cptrain.__file__).parent
 SECTIONS = [*dict.fromkeys(key.path.split(".")[0] for key in keys(TrainSettings))]
@@ -150,7 +151,15 @@ WRONG = [
         "must divide the 256 tokens of a sequence that a ring rank holds",
         "128",
     ),
+    (
+        4,
+        ["data.document_mask=false", "parallelism.chunk_size=100", "parallelism.ring_degree=4"],
+        "parallelism.chunk_size",
+        "has no effect with data.document_mask = false, which deals no chunks out; leave it out",
+        "",
+    ),
 ]
+MENDED = [wrong for wrong in WRONG if wrong[-1]]  # by another value
 
 
 @pytest.mark.parametrize(
@@ -171,10 +180,10 @@ def test_settings_between_sections_are_refused_with_their_fix(
 ) -> None:
     (problem,) = problems_of(world, *[f"--{flag}" for flag in flags])
     assert problem.startswith(f"{key} = ") and rule in problem
-    assert re.search(rf"set it to {re.escape(fix)}( |,|$)", problem)
+    assert not fix or re.search(rf"set it to {re.escape(fix)}( |,|$)", problem)
 
 
-@pytest.mark.parametrize(("world", "flags", "key", "rule", "fix"), WRONG)
+@pytest.mark.parametrize(("world", "flags", "key", "rule", "fix"), MENDED)
 def test_settings_fix_of_a_message_mends_it(world: int, flags: list[str], key: str, rule: str, fix: str) -> None:
     for value in fix.split(" or "):
         bare = value.strip('"')
@@ -184,10 +193,15 @@ def test_settings_fix_of_a_message_mends_it(world: int, flags: list[str], key: s
 @pytest.mark.parametrize(
     ("world", "flags", "key", "rule"),
     [
-        (3, ["ring_degree=2"], "data_parallel_shard_degree", "= 2 does not divide the world size 3"),
-        (1, ["context_parallel_degree=2"], "data_parallel_shard_degree", "run on a multiple of 2 ranks"),
+        (3, ["ring_degree=2"], "ring_degree", "= 2 does not divide the world size 3"),
+        (
+            1,
+            ["context_parallel_degree=2"],
+            "context_parallel_degree",
+            "torchrun --nproc-per-node 2 -m cptrain.train ...`",
+        ),
         (8, ["data_parallel_shard_degree=2"], "data_parallel_shard_degree", "but the world size is 8; run on 2 ranks"),
-        (8, ["data_parallel_replicate_degree=3"], "data_parallel_shard_degree", "does not divide the world size 8"),
+        (8, ["data_parallel_replicate_degree=3"], "data_parallel_replicate_degree", "does not divide the world size 8"),
         (3, ["tensor_parallel_degree=3"], "tensor_parallel_degree", "8 heads and 4 kv heads allow 1, 2, 4"),
         (8, ["tensor_parallel_degree=8"], "tensor_parallel_degree", "8 heads and 4 kv heads allow 1, 2, 4"),
         (3, ["ulysses_degree=3"], "ulysses_degree", "8 heads and 4 kv heads over tensor degree 1 allow 1, 2, 4, 8"),
@@ -235,6 +249,93 @@ def test_settings_report_all_problems_at_once(bad: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("world", "flags", "keys"),
+    [
+        (2, "training.seq_len=2047 optimizer.lr=abc training.steps=x", "training.steps optimizer.lr training.seq_len"),
+        (3, "training.seq_len=2047", "parallelism.ring_degree training.seq_len"),
+        (3, "training.global_batch_size=7 training.local_batch_size=2", "parallelism.ring_degree"),
+        (4, "model.rope_factor=0.5 parallelism.ulysses_degree=3", "model.rope_factor parallelism.ulysses_degree"),
+        (4, "model.vocab_size=100 parallelism.ring_degree=8", "model.vocab_size parallelism.ring_degree"),
+        (4, "parallelism.chunk_size=0 training.seq_len=2047", "parallelism.chunk_size training.seq_len"),
+        (4, "model.num_heads=0 parallelism.ulysses_degree=3", "model.num_heads"),
+        (4, "model.num_heads=x parallelism.ulysses_degree=3", "model.num_heads"),
+        (4, "model.flavor=x parallelism.ulysses_degree=3", "model.flavor parallelism.ulysses_degree"),
+        (3, "parallelism.ring_degree=x training.seq_len=2047", "parallelism.ring_degree"),
+        (2, "data.source=txt data.paths=x", "data.source"),
+        (2, "data.document_mask=x parallelism.context_parallel_layout=zigzag", "data.document_mask"),
+    ],
+)
+def test_settings_hide_no_problem_but_those_that_rest_on_a_wrong_key(world: int, flags: str, keys: str) -> None:
+    found = problems_of(world, "--parallelism.ring_degree=2", *[f"--{flag}" for flag in flags.split()])
+    expected = keys.split()
+    if "ulysses_degree=3" in flags and "parallelism.ulysses_degree" in expected:
+        assert any("8 heads and 4 kv heads over tensor degree 1 allow 1, 2, 4, 8" in problem for problem in found)
+    assert list(dict.fromkeys(problem.partition(" ")[0] for problem in found)) == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "key"),
+    [
+        ("model.num_heads=10000000000 model.num_kv_heads=3 model.head_dim=32", "model.num_kv_heads"),
+        ("training.seq_len=1000000000000 parallelism.chunk_size=3", "parallelism.chunk_size"),
+        ("parallelism.ring_degree=1000000000000 parallelism.ring_inner_degree=7", "parallelism.ring_inner_degree"),
+    ],
+)
+def test_settings_of_any_size_are_answered_at_once(flags: str, key: str) -> None:
+    (problem,) = problems_of(1, *[f"--{flag}" for flag in flags.split()])
+    assert problem.startswith(f"{key} = ")
+
+
+def test_settings_leave_a_vocabulary_that_is_not_known_to_the_run() -> None:
+    flags = ["--tokenizer.name=a:b", "--parallelism.tensor_parallel_degree=3", "--model.ffn_dim=96"]
+    flags += ["--training.seq_len=96"]
+    flags += ["--model.num_heads=6", "--model.num_kv_heads=3", "--model.head_dim=16"]
+    settings = load(TrainSettings, overrides=[*MODEL, *flags], world_size=3)
+    assert settings.shape(settings.known_vocabulary).vocab_size == 0
+    assert settings.degrees(3, settings.shape(0)).tp == 3
+    with pytest.raises(
+        ValueError, match=r"model\.vocab_size: 64 does not divide over the tensor degree 3; set it to 66"
+    ):
+        settings.degrees(3, settings.shape(50))
+    (problem,) = problems_of(3, *flags, "--model.vocab_size=64")
+    assert problem.startswith("model.vocab_size = 64 ")
+
+
+@pytest.mark.parametrize(
+    ("flag", "meant"), [("steps", "`training.steps` or `validation.steps`"), ("TRAINING.steps", "`training.steps`")]
+)
+def test_settings_of_an_unknown_section_are_looked_for_by_their_name(flag: str, meant: str) -> None:
+    (problem,) = problems_of(1, f"--{flag}=20")
+    assert problem.endswith(f"unknown key; did you mean {meant}?")
+
+
+def test_settings_with_a_tensor_degree_beyond_the_heads_offer_no_empty_list() -> None:
+    found = problems_of(128, "--parallelism.tensor_parallel_degree=64", "--parallelism.ulysses_degree=2")
+    assert [problem.partition(" ")[0] for problem in found] == ["parallelism.tensor_parallel_degree"]
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a\nb", "\x7f"])
+def test_settings_names_of_folders_hold_no_control_characters(name: str) -> None:
+    for config in (JobConfig(name=name), JobConfig(dump_folder=name)):
+        assert ["control characters" in problem.rule for problem in config.problems()] == [True]
+
+
+def test_settings_folders_of_a_run_may_be_below_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert JobConfig(name="x", dump_folder="~/runs").folder == Path("/home/me/runs/x")
+    assert CheckpointConfig(folder="~/kept").below(Path("outputs/x")) == Path("/home/me/kept")
+    assert CheckpointConfig().below(Path("outputs/x")) == Path("outputs/x/checkpoint")
+
+
+def test_settings_refuse_a_step_to_load_where_nothing_is_loaded() -> None:
+    (problem,) = problems_of(1, "--checkpoint.no-enable", "--checkpoint.load_step=5")
+    assert (
+        problem.startswith("checkpoint.load_step = 5") and "leave it out, or set checkpoint.enable to true" in problem
+    )
+    assert problems_of(1, "--checkpoint.no-enable") == problems_of(1, "--checkpoint.load_step=5") == []
+
+
+@pytest.mark.parametrize(
     ("stage", "problem"),
     [
         (
@@ -244,9 +345,8 @@ def test_settings_report_all_problems_at_once(bad: list[str]) -> None:
         ),
         (
             "ring_degree = 4",
-            "parallelism.data_parallel_shard_degree = -1 (default): in training.stages[1]: replicate 1 x ring 4 x "
-            "ulysses 1 x tensor 1 = 4 does not divide the world size 2; run on a multiple of 4 ranks, or lower one of "
-            "the degrees",
+            "training.stages[1].ring_degree = 4 (run.toml:7): replicate 1 x ring 4 x ulysses 1 x tensor 1 = 4 does not "
+            "divide the world size 2; run on a multiple of 4 ranks, or lower ring_degree",
         ),
         (
             "local_batch_size = 2",

@@ -14,6 +14,7 @@ from test_packed import make_plan as make_balanced_plan
 
 from cptrain.context_parallel.layout import make_layout
 from cptrain.context_parallel.mask import CAUSAL, FULL, Documents, Mask
+from cptrain.context_parallel.packing import Moved
 from cptrain.context_parallel.traffic import Call, attention_traffic, num_bytes
 from cptrain.distributed.transport import Message, recorded_messages
 
@@ -63,11 +64,13 @@ def mismatches_of_packs(rank: int, world: int, options: dict) -> list[str]:
     found, plan, length = [], make_balanced_plan(**options), 24 * world
     packing = plan.pack(ids_of(("long and short", "padding tail"), length)).packing
     # As if nothing had to travel, and as if everything had: keys go straight to their readers, and round the ring.
-    for moved in (0, 2 * world * length):
-        batch = plan.packed(replace(packing, cost=packing.cost._replace(num_moved=moved, num_moved_far=moved)).encode())
+    for moved in (0, 2 * world * length) if plan.ring_degree > 1 else (0,):
+        batch = plan.packed(replace(packing, moved=(Moved(0, moved, moved), Moved(5, moved, moved))).encode())
         for dtype, window in ((torch.float64, 0), (torch.bfloat16, 5)):
             shapes = ((HEADS, KEY_DIM), (KV_HEADS, KEY_DIM), (KV_HEADS, VALUE_DIM))
             q, k, v = (torch.randn(2, h, length // world, d, dtype=dtype, requires_grad=True) for h, d in shapes)
+            asked = (plan.method != "all_gather" or window > 0) and plan.ring_degree > 1
+            assert batch.exchanges(window, dtype) == (asked and not moved)
             with batch:
                 with recorded_messages() as there:
                     out = plan.attention(q, k, v, is_causal=True, window_size=window or None)
@@ -79,7 +82,7 @@ def mismatches_of_packs(rank: int, world: int, options: dict) -> list[str]:
                 packing.layout,
                 ring_rank=plan.ring_rank,
                 gathers=plan.method == "all_gather",
-                exchanges=not moved,
+                exchanges=batch.exchanges(window, dtype),
                 ulysses_degree=plan.ulysses_degree,
             )
             if (Counter(there), Counter(back)) != expected or not (there or back):
@@ -88,7 +91,13 @@ def mismatches_of_packs(rank: int, world: int, options: dict) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("world", "name"), [(world, name) for world in (2, 3, 4) for name in PACKED_PLANS[world] if "overlap" not in name]
+    ("world", "name"),
+    [
+        (world, name)
+        for world in (2, 3, 4)
+        for name in PACKED_PLANS[world]
+        if "overlap" not in name and (world, name) != (3, "ulysses")
+    ],
 )
 def test_traffic_of_packed_documents_is_what_is_sent(pool, world, name):
     for found in pool.run(world, mismatches_of_packs, PACKED_PLANS[world][name]):

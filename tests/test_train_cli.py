@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from cptrain.checkpoint.settings import CheckpointConfig
 from cptrain.config import preset_names, presets_folder
@@ -23,7 +24,8 @@ from cptrain.train.settings import TrainSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID", "SLURM_NTASKS")
+LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
+LAUNCHER += ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 
 BAD = """\
 [model]
@@ -169,6 +171,17 @@ def test_train_cli_dry_run_shows_every_stage(
     assert "dp_shard 2 x ring 2" in second and "4,096 tokens, 2,048 per rank" in second
 
 
+def test_train_cli_one_process_is_told_what_it_takes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        here(monkeypatch, capsys, "--config", "debug")
+    said = capsys.readouterr().err.splitlines()[1]
+    assert said.startswith("  parallelism.ring_degree = 2 (debug.toml:") and said.endswith(
+        "start 2 with `torchrun --nproc-per-node 2 -m cptrain.train ...`, or lower ring_degree"
+    )
+
+
 # --- how a run ends ---------------------------------------------------------------------------------------------------
 
 
@@ -188,7 +201,9 @@ class FakeTrainer:
         pass
 
 
-def run_with(monkeypatch: pytest.MonkeyPatch, trainer: Any, **checkpoint: bool) -> None:
+def run_with(
+    monkeypatch: pytest.MonkeyPatch, trainer: Any, launcher: dict[str, str] | None = None, **checkpoint: bool
+) -> None:
     """`run` without a process group, and with `trainer` in place of the class."""
     monkeypatch.setattr(run_module, "process_group", lambda *_: contextlib.nullcontext())
     monkeypatch.setattr(run_module.dist, "get_rank", lambda: 0)
@@ -199,6 +214,8 @@ def run_with(monkeypatch: pytest.MonkeyPatch, trainer: Any, **checkpoint: bool) 
     monkeypatch.setattr(sys, "argv", ["cptrain.train", "--config", "debug", "--data.paths", "my text/*.txt"])
     for name in LAUNCHER:
         monkeypatch.delenv(name, raising=False)
+    for name, value in (launcher or {}).items():
+        monkeypatch.setenv(name, value)
     run_module.run(TrainSettings(checkpoint=CheckpointConfig(**checkpoint)))
 
 
@@ -223,6 +240,29 @@ def test_train_cli_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyP
         run_with(monkeypatch, fail)
 
 
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, "SLURM_NTASKS = 2, but MASTER_ADDR, MASTER_PORT not set: "),
+        ({"LOCAL_WORLD_SIZE": "2"}, "2 ranks on this host, but 1 GPU found: "),
+    ],
+)
+def test_train_cli_ranks_that_cannot_be_started_end_with_code_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], variables: dict[str, str], told: str
+) -> None:
+    for name in LAUNCHER:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: "LOCAL_WORLD_SIZE" in variables)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(run_module, "keep_freed_memory", lambda: None)
+    with pytest.raises(SystemExit) as caught:
+        run_module.run(TrainSettings())
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith(told)
+
+
 def test_train_cli_stopped_run_prints_a_command_to_paste(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -233,7 +273,19 @@ def test_train_cli_stopped_run_prints_a_command_to_paste(
     assert shlex.split(second)[2:] == ["cptrain.train", *sys.argv[1:]]
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert run_module.resume_command().startswith("torchrun --nproc-per-node 2 -m cptrain.train --config debug")
+
+
+def test_train_cli_stopped_run_of_several_nodes_prints_the_command_of_each(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(FakeTrainer, "stopped_by", "SIGTERM")
+    launcher = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "32", "LOCAL_WORLD_SIZE": "8"}
+    run_with(monkeypatch, lambda *_: FakeTrainer(), launcher)
+    first, second = (line.split("  ", 1)[1] for line in capsys.readouterr().out.splitlines())
+    assert "; the same command, on every node and with its --rdzv options, goes on" in first
+    assert second.startswith("  torchrun --nnodes 4 --nproc-per-node 8 -m cptrain.train --config debug")
 
 
 def test_train_cli_stopped_run_without_checkpoints_does_not_promise_to_go_on(

@@ -109,6 +109,11 @@ def test_end_to_end_sigterm_saves_and_prints_the_resume_command(run: Run) -> Non
     assert (run.job / "checkpoint" / f"step-{run.stopped_at}" / "manifest.json").is_file()
 
 
+def test_end_to_end_says_which_layers_run_context_parallel(run: Run) -> None:
+    assert "context parallel  ring of 2, balanced, 1 hop each way\n" in run.out
+    assert "context layers    2 of 2: layers.0.attention .. layers.1.attention\n" in run.out
+
+
 def test_end_to_end_ranks_end_well_after_sigterm(run: Run) -> None:
     assert run.codes_of_ranks == ["0", "0"]
     # torchrun itself ends with an error after any signal, whatever its ranks say, and with a traceback of its own.
@@ -177,6 +182,9 @@ def test_end_to_end_tensorboard_holds_the_curves(run: Run) -> None:
     assert losses == list(range(1, run.stopped_at + 4))
     (text,) = {event.tensor_proto.string_val[0] for event in events.Tensors("config/text_summary")[-1:]}
     assert b"[parallelism]" in text
+    hyper_parameters = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    for key in (b"optimizer.lr", b"training.seq_len", b"training.global_batch_size", b"degree.ring", b"model.dim"):
+        assert key in hyper_parameters
 
 
 def test_end_to_end_without_torchrun_ctrl_c_ends_well(tmp_path: Path) -> None:

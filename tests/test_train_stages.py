@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from types import SimpleNamespace
 
 import pytest
 from runs import GLOBAL_BATCH, Outcome, assert_same_training, small_settings, train, write_text
 
-from cptrain.train.settings import TrainingStage, TrainSettings
+from cptrain.train.settings import TrainingConfig, TrainingStage, TrainSettings
+from cptrain.train.stage import Stage
 
 # every way to divide four ranks between data, ring and ulysses, and what only methods tell apart
 FACTORISATIONS = [
@@ -61,3 +64,21 @@ def test_stages_change_the_length_and_go_on_in_the_text(pool, text, tmp_path):
     two = dataclasses.replace(small_settings(tmp_path / "two", text, training={"stages": lengths}))
     expected = pool.run(1, train_all, [one])[0][0]
     assert_same_training(pool.run(2, train_all, [two])[0][0], expected)
+
+
+@pytest.mark.parametrize(
+    ("seq_len", "ring", "chunk_size", "says"),
+    [
+        (8 * 8198, 8, "auto", "gets 2 chunks .* training.seq_len / 8 be a multiple of 16"),
+        (8 * 8192, 8, 4096, "gets 2 chunks"),
+        (8 * 8192, 8, "auto", ""),
+        (8198, 1, "auto", ""),
+    ],
+)
+def test_stages_warn_where_too_few_chunks_leave_work_uneven(seq_len, ring, chunk_size, says):
+    context = SimpleNamespace(ring_degree=ring, chunk_size=chunk_size)
+    settings = dataclasses.replace(TrainSettings(), training=TrainingConfig(seq_len=seq_len))
+    stage = SimpleNamespace(context=context, settings=settings, finish=object())
+    warning = Stage.warning(stage)
+    assert re.search(says, warning) if says else warning == ""
+    assert Stage.warning(SimpleNamespace(context=context, settings=settings, finish=None)) == ""

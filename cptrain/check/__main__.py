@@ -6,35 +6,21 @@ Runs the configuration of a training at toy width on its own mesh and device, an
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 
-import cptrain
-from cptrain.config.command import parse_command_line, show
-from cptrain.config.error import ConfigError, fail, is_first_on_host
-from cptrain.train.report import describe
-from cptrain.train.settings import BYTE_VOCABULARY, TrainSettings
+from cptrain.train.__main__ import start
+from cptrain.train.settings import TrainSettings
+
+
+def _run(settings: TrainSettings) -> None:
+    from cptrain.check.run import run
+
+    raise SystemExit(0 if run(settings, partial(print, flush=True)) else 1)
 
 
 def main() -> None:
-    """Check the settings before anything is started, then do what the command line asks."""
-    try:
-        command = parse_command_line(
-            sys.argv[1:], TrainSettings, prog="python -m cptrain.check", version=cptrain.__version__
-        )
-    except ConfigError as error:
-        fail(error)
-    settings = command.settings
-    if command.action == "dry-run" and settings is not None:
-        shape = settings.shape(BYTE_VOCABULARY if settings.tokenizer.name == "byte" else 1)
-        if is_first_on_host():
-            print(describe(settings, settings.degrees(command.world_size, shape), shape))
-    elif command.action == "run" and settings is not None:
-        from cptrain.check.run import run
-
-        raise SystemExit(0 if run(settings, partial(print, flush=True)) else 1)
-    else:
-        show(command, sys.stdout)
+    """Check what the command line says."""
+    start("python -m cptrain.check", _run)
 
 
 if __name__ == "__main__":

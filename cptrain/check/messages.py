@@ -54,7 +54,7 @@ def _expected(trainer: ToyTrainer, batch: Batch, shard: Shard) -> tuple[Traffic,
             packing.layout if packing else plan.ring_layout(trainer.stage.settings.training.seq_len),
             ring_rank=plan.ring_rank,
             gathers=plan.method == "all_gather",
-            exchanges=packing is not None and packing.exchange_is_cheaper(plan.ring_inner_degree),
+            exchanges=shard.packed is not None and shard.packed.exchanges(mask.window, trainer.precision.param),
             ulysses_degree=plan.ulysses_degree,
         )
         forward += there

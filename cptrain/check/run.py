@@ -7,6 +7,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -19,10 +20,10 @@ from cptrain.check.messages import check_messages
 from cptrain.check.positions import check_rotary_positions
 from cptrain.check.step import check_step
 from cptrain.check.toy import ToyTrainer, distinct_plans, real_shape, toy_settings
-from cptrain.config.error import fail
 from cptrain.context_parallel.finding import Finding, agreed, table
 from cptrain.context_parallel.selfcheck import Sizes, check_attention, check_positions, cuts_of
 from cptrain.distributed.process_group import local_device, process_group
+from cptrain.train.run import worded
 from cptrain.train.settings import TrainSettings
 from cptrain.train.startup import title
 
@@ -34,16 +35,16 @@ def run(settings: TrainSettings, show: Callable[[str], None]) -> bool:
     """
     # Gathering a gradient that FSDP2 and tensor parallel cut takes two collectives, of which torch warns on every rank.
     logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
-    device = local_device()
-    with process_group(settings.comm, device):
+    with ExitStack() as ends:
+        with worded():
+            device = local_device()
+            ends.enter_context(process_group(settings.comm, device))
         passed = True
-        try:
+        with worded(ValueError, NotImplementedError):
             for heading, findings in check(settings, device):
                 passed &= all(finding.passed for finding in findings)
                 if dist.get_rank() == 0:
                     show(f"{heading}\n\n{table(findings)}\n")
-        except (ValueError, NotImplementedError) as error:
-            fail(error)
         if dist.get_rank() == 0:
             show("all checks passed" if passed else "FAILED: training with this configuration would not be exact")
     return passed

@@ -28,7 +28,7 @@ from cptrain.models.settings import ModelConfig
 from cptrain.models.shape import ModelShape
 from cptrain.train.batch import Shard
 from cptrain.train.precision import resolve_precision
-from cptrain.train.settings import BYTE_VOCABULARY, JobConfig, TrainSettings
+from cptrain.train.settings import JobConfig, TrainSettings
 from cptrain.train.texts import Texts, open_texts
 from cptrain.train.trainer import Trainer
 
@@ -42,7 +42,7 @@ Batch = dict[str, torch.Tensor]
 
 def real_shape(settings: TrainSettings) -> ModelShape:
     """The model that the settings train; its vocabulary may be the tokenizer's, which nothing here depends on."""
-    return settings.shape(BYTE_VOCABULARY if settings.tokenizer.name == "byte" else 1)
+    return settings.shape(settings.known_vocabulary)
 
 
 def distinct_plans(settings: TrainSettings, world_size: int) -> list[int]:

@@ -50,7 +50,7 @@ class Checkpointer:
         *,
         mesh: Mapping[str, int] | None = None,
     ) -> None:
-        self.folder = Path(folder) / config.folder
+        self.folder = config.below(Path(folder))
         self._config = config
         self._peers = Peers(group)
         self._mesh = dict(mesh or {})

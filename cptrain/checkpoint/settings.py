@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 from cptrain.config import Problem, setting
 
@@ -32,3 +34,13 @@ class CheckpointConfig:
             yield Problem(key="keep_latest_k", rule="must not be negative", fix="set it to 0 to keep all")
         if self.load_step < LATEST:
             yield Problem(key="load_step", rule="must be a step, or -1 for the newest", fix="set it to -1")
+        if self.load_step > LATEST and not self.enable:
+            yield Problem(
+                key="load_step",
+                rule="nothing is loaded with checkpoint.enable = false",
+                fix="leave it out, or set checkpoint.enable to true",
+            )
+
+    def below(self, job_folder: Path) -> Path:
+        """Where the step-N folders go."""
+        return job_folder / os.path.expanduser(self.folder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
@@ -23,6 +23,7 @@ from cptrain.config.values import (
     from_text,
     is_section,
     members,
+    samples,
     table_type,
     toml_text,
 )
@@ -71,21 +72,34 @@ def bind(
             complete = False
     known = keys(root_type)
     overrides, flag_problems = overrides_of(flags, known)
-    binding = _Binding(merge(given, overrides), [*found, *flag_problems])
-    root = binding.section(root_type, (), None)
-    binding.report_unknown([key.path for key in known])
-    if complete:
-        binding.check(world_size)
-    if binding.problems:
-        raise ConfigError(binding.problems)
+    given = merge(given, overrides)
+
+    def bound(stand_ins: Mapping[KeyPath, Any]) -> tuple[Any, _Binding]:
+        binding = _Binding(given, [*found, *flag_problems], stand_ins)
+        root = binding.section(root_type, (), None)
+        binding.report_unknown([key.path for key in known])
+        if complete:
+            binding.check(world_size)
+        return root, binding
+
+    root, binding = bound({})
+    # What a value of the wrong type was meant to be is not known. Its default stands in, so that the checks go on, and
+    # what they say counts only if they say it with other values in its place too: the rest may rest on the stand-in.
+    others = [bound({path: value})[1].problems for path, hint in binding.mistyped.items() for value in samples(hint)]
+    if lasting := [problem for problem in binding.problems if all(problem in other for other in others)]:
+        raise ConfigError(lasting)
     return root
 
 
 class _Binding:
-    """One pass over the given leaves. What does not bind is MISSING, and the rest goes on."""
+    """One pass over the given leaves. What does not bind is MISSING, and the rest goes on.
 
-    def __init__(self, given: dict[KeyPath, Given], problems: list[str]) -> None:
-        self.given, self.problems = given, problems
+    stand_ins: for values of the wrong type, in place of the default.
+    """
+
+    def __init__(self, given: dict[KeyPath, Given], problems: list[str], stand_ins: Mapping[KeyPath, Any]) -> None:
+        self.given, self.problems, self.stand_ins = given, problems, stand_ins
+        self.mistyped: dict[KeyPath, Any] = {}  # with their types
         self.used: set[KeyPath] = set()
         self.sections: list[tuple[KeyPath, Any]] = []  # those that bound, innermost first, the root last
 
@@ -120,7 +134,8 @@ class _Binding:
                 return convert(self.given[path].value, hint)
             except Mismatch:
                 self._refuse(path, f"must be {describe(hint)}", _nearest(self.given[path].value, hint))
-                return MISSING
+                self.mistyped[path] = hint
+                return self.stand_ins.get(path, default) if samples(hint) and default is not MISSING else MISSING
         if default is MISSING:
             self.problems.append(render(key_text(path), f"has to be set; must be {describe(hint)}"))
         return default
@@ -173,8 +188,10 @@ class _Binding:
 
 def _nearest(value: Any, hint: Any) -> str:
     """The value that was probably meant, as a question; "" where nothing is near."""
-    meant = int(value) if isinstance(value, float) and value.is_integer() else [value]
-    if isinstance(value, str):
+    number = from_text(value, float) if isinstance(value, str) else value  # a flag's 1e3 is text
+    meant: Any = int(number) if isinstance(number, float) and number.is_integer() else [value]
+    if isinstance(value, str) and not fits(meant, hint):
         choices = [str(choice) for m in members(hint) if get_origin(m) is Literal for choice in get_args(m)]
         meant = from_text(next(iter(get_close_matches(value.lower(), choices, n=1)), value), hint)
+        meant = meant if fits(meant, hint) else [value]
     return f"did you mean {toml_text(meant)}?" if fits(meant, hint) else ""

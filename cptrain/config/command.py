@@ -50,8 +50,9 @@ def parse_command_line(
 ) -> Command[Root]:
     """What `argv` (without the program's name) asks for; ConfigError with every problem in it and in its files.
 
-    The world size is --world-size, else the launcher's WORLD_SIZE or SLURM_NTASKS, else 1. For --print-config it may
-    stay unknown, so that any machine prints any configuration.
+    The world size is --world-size, else the launcher's WORLD_SIZE, or SLURM_NTASKS where srun started this process,
+    else 1. A run is refused a --world-size other than the ranks that there are. For --print-config it may stay unknown,
+    so that any machine prints any configuration.
     """
     folder = presets or presets_folder()
     flags = cut("--help" if argument == "-h" else argument for argument in argv)
@@ -70,14 +71,16 @@ def parse_command_line(
     problems += [render(flag.written, "takes no value") for flag in switches if flag.texts]
     if len(switches) == 2:
         problems.append(render("--print-config", "cannot go with --dry-run", "choose one of them"))
-    world_size, world_problems = _world_size(asked.get("world_size"), environ)
+    world_size, world_problems = _world_size(asked.get("world_size"), environ, runs=action == "run")
+    if world_size is None and action != "print-config" and not world_problems:
+        world_size = 1
     names = [name for flag in flags if flag.name == "config" for name in flag.texts]
     files, file_problems = _files(names, folder)
     settings = bind(
         root_type,
         files,
         [flag for flag in flags if flag.name not in _OWN and flag not in misspelt],
-        world_size=1 if world_size is None and action != "print-config" else world_size,
+        world_size=world_size,
         presets=folder,
         problems=[*problems, *world_problems, *file_problems],
         complete=not file_problems,
@@ -88,8 +91,25 @@ def parse_command_line(
 
 def show(command: Command[Root], stream: TextIO, *, environ: Mapping[str, str] = os.environ) -> None:
     """Writes what the command prints, from one rank per host."""
-    if is_first_on_host(environ):
-        stream.write(command.text)
+    say(command.text, stream, environ=environ)
+
+
+def say(text: str, stream: TextIO, *, environ: Mapping[str, str] = os.environ) -> None:
+    """Writes a text, from one rank per host. A reader that has seen enough, as `head` has, is no error."""
+    if not is_first_on_host(environ):
+        return
+    try:
+        text.encode(stream.encoding or "utf-8")
+    except UnicodeEncodeError:  # escapes as strings of TOML have them: what --print-config says loads again
+        text = "".join(
+            c if c.isascii() else f"\\u{ord(c):04x}" if ord(c) < 1 << 16 else f"\\U{ord(c):08x}" for c in text
+        )
+    try:
+        stream.write(text)
+        stream.flush()
+    except BrokenPipeError:
+        # Python flushes once more when it ends, and would complain then.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _files(names: Sequence[str], folder: Path) -> tuple[list[Path], list[str]]:
@@ -106,17 +126,22 @@ def _files(names: Sequence[str], folder: Path) -> tuple[list[Path], list[str]]:
     return files, problems
 
 
-def _world_size(flag: Flag | None, environ: Mapping[str, str]) -> tuple[int | None, list[str]]:
-    """The number of ranks, None where nothing tells it, and what is wrong with it."""
-    where, text = "WORLD_SIZE", environ.get("WORLD_SIZE") or environ.get("SLURM_NTASKS")
-    if flag is not None:
-        where, text = flag.written, " ".join(flag.texts)
-    if text is None:
+def _world_size(flag: Flag | None, environ: Mapping[str, str], *, runs: bool) -> tuple[int | None, list[str]]:
+    """The number of ranks, None where nothing tells it or something is wrong with it, and what that is."""
+    where, text = "WORLD_SIZE", environ.get("WORLD_SIZE")
+    if not text and environ.get("SLURM_PROCID"):  # else a shell of salloc, which is no rank
+        where, text = "SLURM_NTASKS", environ.get("SLURM_NTASKS")
+    if flag is None and not text:
         return None, []
+    started = from_text(text or "1", int)
+    where, text = (flag.written, " ".join(flag.texts)) if flag else (where, text or "")
     size = from_text(text, int)
-    if isinstance(size, int) and size > 0:
-        return size, []
-    return None, [render(where, "must be an integer of at least 1", value=size)]
+    if not (isinstance(size, int) and size > 0):
+        return None, [render(where, "must be an integer of at least 1", value=size)]
+    if runs and size != started:
+        rule = f"the number of ranks that were started is {started}"
+        return None, [render(where, rule, f"start {size} with the launcher, or add --dry-run", value=size)]
+    return size, []
 
 
 def _nearest_own(flag: Flag) -> str:

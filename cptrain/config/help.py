@@ -18,7 +18,7 @@ FLAGS = (
     ("--list-configs", "the presets, a line each"),
     ("--print-config", "the resolved configuration as TOML, then stop"),
     ("--dry-run", "check everything and say what would run, then stop"),
-    ("--world-size N", "check for N ranks (default: WORLD_SIZE of the launcher, else 1)"),
+    ("--world-size N", "check or print for N ranks (default: WORLD_SIZE of the launcher, else 1)"),
     ("--help [SECTION]", "this text, or the keys of a section with types, defaults and choices"),
     ("--version", "the version"),
 )

@@ -73,7 +73,8 @@ def _read(flag: Flag, hints: Mapping[str, Any]) -> tuple[str, Any]:
     positive = f"{section}.{name.removeprefix('no_')}".removeprefix(".")
     if flag.name not in hints and name.startswith("no_") and bool in members(hints.get(positive)):
         if count:
-            raise _BadFlag(render(flag.written, "takes no value", f"write --{positive}={flag.texts[0]}"))
+            meant = {"true": "false", "false": "true"}.get(flag.texts[0].lower(), "false")
+            raise _BadFlag(render(flag.written, "takes no value", f"write --{positive}={meant}"))
         return positive, False
     if flag.name not in hints:
         text = " ".join(flag.texts) or None

@@ -22,16 +22,20 @@ def preset_names(folder: Path) -> list[str]:
 
 def find(name: str, folder: Path) -> Path:
     """The file of a `--config` argument: a path that exists, else a preset; ConfigError listing the presets."""
-    path = Path(name).expanduser()
-    if path.exists() and not path.is_dir():
-        return path
-    preset = folder / f"{name.removesuffix('.toml')}.toml"
-    if preset.is_file():
-        return preset
-    names = preset_names(folder)
-    near = get_close_matches(path.stem, names, n=1)
+    names, rule = preset_names(folder), "no file or preset of this name"
+    try:
+        path = Path(name).expanduser()
+        if path.exists() and not path.is_dir():
+            return path
+    except OSError as error:  # too long, or below a folder that is closed
+        rule = f"cannot be read: {error.strerror}"
+    except RuntimeError:
+        rule = "no user of this name has a home folder"
+    if name.removesuffix(".toml") in names:
+        return folder / f"{name.removesuffix('.toml')}.toml"
+    near = get_close_matches(Path(name).stem, names, n=1)
     fix = offer(folder) + (f"; did you mean {near[0]}?" if near else "")
-    raise ConfigError([render("--config", "no file or preset of this name", fix, value=name)])
+    raise ConfigError([render("--config", rule, fix, value=name)])
 
 
 def offer(folder: Path) -> str:

@@ -64,7 +64,9 @@ def read(path: Path, name: str) -> dict[KeyPath, Given]:
             rows = text.rstrip().split("\n")
             line, column = str(len(rows)), str(len(rows[-1]) + 1)
         at = f"{name}:{line}:{column}" if line else name
-        raise Unreadable(render(at, f"not valid TOML: {message[:1].lower()}{message[1:]}")) from None
+        if message[1:2].islower():  # a word of a sentence, not a name like TOML
+            message = message[:1].lower() + message[1:]
+        raise Unreadable(render(at, f"not valid TOML: {message}")) from None
 
 
 def merge(earlier: Mapping[KeyPath, Given], later: Mapping[KeyPath, Given]) -> dict[KeyPath, Given]:

@@ -49,6 +49,7 @@ def suggest(wanted: str, known: Sequence[str]) -> str | None:
     siblings = {key.rpartition(".")[2]: key for key in known if key.rpartition(".")[0] == section}
     namesakes = [key for key in known if key.rpartition(".")[2] == name]
     candidates = [
+        *(key for key in known if key.lower() == wanted.lower()),
         *(siblings[near] for near in get_close_matches(name, siblings, n=1, cutoff=0.9)),  # a slip of the fingers
         *(key for key, aliases in ALIASES.items() if name.lower() in aliases.split() and key in known),
         *(namesakes if len(namesakes) == 1 else []),
@@ -60,10 +61,14 @@ def suggest(wanted: str, known: Sequence[str]) -> str | None:
 
 
 def did_you_mean(wanted: str, known: Sequence[str]) -> str:
-    """The suggestion as a question, else the sections or keys that there are."""
+    """The suggestion, or all keys of this name, as a question, else the sections or keys that there are."""
     found = suggest(wanted, known)
     if found is not None:
         return f"did you mean `{found}`?"
-    section = wanted.partition(".")[0]
+    section, name = wanted.partition(".")[0], wanted.rpartition(".")[2]
     sections = dict.fromkeys(key.partition(".")[0] for key in known)
-    return f"--help {section} lists its keys" if section in sections else f"sections are {', '.join(sections)}"
+    if section in sections:
+        return f"--help {section} lists its keys"
+    if namesakes := [f"`{key}`" for key in known if key.rpartition(".")[2] == name]:
+        return f"did you mean {' or '.join(namesakes)}?"
+    return f"sections are {', '.join(sections)}"

@@ -117,6 +117,20 @@ def list_from_texts(texts: list[str], hint: Any) -> list[Any]:
     return [from_text(text, item) for text, item in zip(texts, items, strict=False)]
 
 
+def samples(hint: Any) -> list[Any]:
+    """Values of a type, to see what depends on it: every choice, or some where there is no end. [] for tables."""
+    args = get_args(hint)
+    if get_origin(hint) is Literal:
+        return list(args)
+    if get_origin(hint) is tuple:
+        each = [samples(item) for item in args if item is not Ellipsis and not is_section(item)]
+        return [tuple(items) for items in zip(*each, strict=False)]
+    if len(members(hint)) > 1:
+        return [value for member in members(hint) for value in samples(member)]
+    some: dict[Any, list[Any]] = {bool: [False, True], int: [1, 2, 3], float: [0.5, 2.0], str: ["a", "b"]}
+    return some[hint]
+
+
 def toml_text(value: Any) -> str:
     """A value as TOML writes it. What TOML cannot hold comes back as Python's repr, for messages only."""
     if isinstance(value, bool):

@@ -4,5 +4,6 @@ Imports torch, the standard library and `cptrain.distributed` only.
 """
 
 from cptrain.context_parallel.api import ContextParallel
+from cptrain.context_parallel.recompute import KEPT_OPERATORS, keep_attention
 
-__all__ = ["ContextParallel"]
+__all__ = ["KEPT_OPERATORS", "ContextParallel", "keep_attention"]

@@ -142,7 +142,7 @@ class ContextParallel:
         document_ids: torch.Tensor | None = None,
         *,
         offsets: Sequence[Sequence[int]] | None = None,
-        window: int = 0,
+        windows: Sequence[int] | None = None,
     ) -> PackedBatch:
         """A batch of packed documents, whose tokens see only their own: cuts its tensors, and is entered for attention.
 
@@ -156,21 +156,30 @@ class ContextParallel:
                 loss = model(tokens, positions) ...
                 loss.backward()
 
-        window: the sliding window, if all layers have one, for which work is balanced. Planning takes milliseconds of
-        the host; a `packer` does it elsewhere, in a data loader, and `packed` takes the result.
+        windows: the sliding windows of the layers, 0 for those without one; by default those of the modules that the
+        plan was applied to. Work is even for the layers that see most, and keys travel by what each kind sees. Planning
+        takes milliseconds of the host; a `packer` does it elsewhere, in a data loader, and `packed` takes the result.
         Raises ValueError for a plan that is not laid out "balanced", and for documents that do not fit it.
         """
-        if (document_ids is None) == (offsets is None):
-            raise ValueError("give either document_ids or offsets")
         self._check_balanced()
-        documents = find_documents(document_ids) if document_ids is not None else join_offsets(offsets or ())
-        num_rows = document_ids.size(0) if document_ids is not None else len(offsets or ())
+        if document_ids is not None and offsets is None:
+            documents, num_rows = find_documents(document_ids), document_ids.size(0)
+        elif offsets is not None and document_ids is None:
+            documents, num_rows = join_offsets(offsets), len(offsets)
+        else:
+            raise ValueError("give either document_ids or offsets")
         self._check_length(documents.length // num_rows)
-        return self.packed(self.packer(window)(documents, num_rows).encode())
+        return self.packed(self.packer(windows)(documents, num_rows).encode())
 
-    def packer(self, window: int = 0) -> Packer:
-        """What packs batches for this plan where they are built, ahead of the step; see `pack` and `packed`."""
-        return Packer(self.ring_degree, self.ring_inner_degree, self.chunk_size, window)
+    def packer(self, windows: Sequence[int] | None = None) -> Packer:
+        """What packs batches for this plan where they are built, ahead of the step; see `pack` and `packed`.
+
+        Raises ValueError for windows below 0.
+        """
+        windows = tuple(sorted(set(self._applied.values() if windows is None else windows))) or (0,)
+        if windows[0] < 0:
+            raise ValueError(f"windows = {windows}: each must be at least 1 token, or 0 for layers without one")
+        return Packer(self.ring_degree, self.ring_inner_degree, self.chunk_size, windows)
 
     def packed(self, encoded: torch.Tensor) -> PackedBatch:
         """The batch of a packing that was made, and encoded, for a ring of this degree. ValueError for another."""
@@ -214,7 +223,7 @@ class ContextParallel:
             scale=scale,
             ulysses_degree=self.ulysses_degree,
         )
-        packing, route = self._entered.packing, self._entered.route or self._route
+        packing, route = self._entered.packing, self._entered.route(window_size or 0, q.dtype) or self._route
         if self.layout == "balanced":
             check_entered(self._entered.shape, q, is_causal=is_causal, degree=self.degree)
         if self.ulysses_degree > 1:
@@ -233,6 +242,7 @@ class ContextParallel:
     def apply(self, model: nn.Module, *, modules: str | Sequence[str], window_size: int | None = None) -> list[str]:
         """Make `F.scaled_dot_product_attention` inside the modules that match (`"*.attention"`) context parallel.
 
+        Several patterns may be given, each of which must match something; "" is the model itself.
         Modules that already are take this plan instead of theirs. A Hugging Face transformers model needs nothing else:
         see [Note: transformers models] in `huggingface`.
         window_size: gives these modules a sliding window, which the function itself cannot express; models whose layers
@@ -262,6 +272,11 @@ class ContextParallel:
         Plans are kept, so that changing back and forth makes no new groups. `apply` the new plan to switch a model.
         Collective over all ranks. Raises ValueError when ring x ulysses does not divide the ranks of data x context.
         """
+        of_ring = self.method != "all_gather"
+        if (ring, ulysses, ring_inner_degree) == (self.ring_degree, self.ulysses_degree, self.ring_inner_degree) and (
+            method == self.method or (method == "auto" and of_ring)
+        ):
+            return self
         key = (ring, ulysses, method, ring_inner_degree, data)
         if key not in self._family:
             plan = ContextParallel(
@@ -298,6 +313,8 @@ class ContextParallel:
         Given the global length and the heads (of one tensor-parallel rank), also the messages of one call, with bytes
         per hop as a rank sends them, and its buffers. For packed documents they differ by batch.
         """
+        if bool(num_heads) != bool(head_dim):
+            raise ValueError(f"num_heads = {num_heads}, head_dim = {head_dim}: give both or neither")
         shapes = {"heads": num_heads, "kv_heads": num_kv_heads or num_heads, "key_dim": head_dim, "value_dim": head_dim}
         call = Call(batch=batch, itemsize=dtype.itemsize, **shapes) if num_heads and head_dim else None
         return description.describe(self, self._applied, seq_len, call)
@@ -310,7 +327,8 @@ class ContextParallel:
         if axis is None:
             return 1
         if axis not in names:
-            raise ValueError(f'{kind} = "{axis}": the mesh has the axes {", ".join(names) or "without names"}')
+            theirs = ", ".join(names) or "without names"
+            raise ValueError(f'{kind} = "{axis}": the mesh has the axes {theirs}; name one, or set {kind}=None')
         return self.mesh.size(names.index(axis))
 
     def _place(self) -> int:
@@ -390,6 +408,6 @@ class ContextParallel:
 
     def _dtensor_attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
         """`attention` for DTensors: placements are checked against the plan, the work is on local tensors."""
-        q, k, v = check_placements(q, k, v, axes=self._axes)
+        q, k, v = check_placements(q, k, v, mesh=self.mesh, axes=self._axes)
         out = self.attention(q.to_local(), k.to_local(), v.to_local(), **options)
         return DTensor.from_local(out, q.device_mesh, q.placements, run_check=False)

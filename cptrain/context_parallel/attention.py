@@ -142,9 +142,15 @@ def attention(
     carrier = plan.carrier(*cut, k.device.type, q.size(1) // k.size(1))
     kernel = _kernel(plan, k, v, packed=packing is not None)
     forward = Forward(kernel, q, num_kv_heads=k.size(1), value_dim=v.size(-1), causal=causal, scale=scale)
-    kept = carrier.forward(k, v, forward)
-    out, lse = forward.result()
+    with _as_given(k.device):
+        kept = carrier.forward(k, v, forward)
+        out, lse = forward.result()
     return _returned(out, q.dtype), lse, kept
+
+
+def _as_given(device: torch.device) -> torch.autocast:
+    """Tensors keep their dtypes: under autocast, scores and sums of a kernel of plain torch would lose theirs."""
+    return torch.autocast(device.type, enabled=False)
 
 
 def _kernel(plan: Route, k: torch.Tensor, v: torch.Tensor, *, packed: bool) -> Kernel:
@@ -191,7 +197,8 @@ def attention_backward(
     carrier = plan.carrier(*cut, k.device.type, q.size(1) // k.size(1))
     kernel = _kernel(plan, k, v, packed=packing is not None)
     backward = Backward(kernel, (arranged(dout), q, out, lse), num_kv_heads=k.size(1), causal=causal, scale=scale)
-    dk, dv = carrier.backward(k, v, kept, backward)
+    with _as_given(k.device):
+        dk, dv = carrier.backward(k, v, kept, backward)
     shared = dk.untyped_storage().data_ptr() == dv.untyped_storage().data_ptr()  # views of one message
     dk, dv = (_returned(x, k.dtype, shared=shared) for x in (dk, dv))
     return _returned(backward.dq(), q.dtype), dk, dv

@@ -7,6 +7,8 @@ This file and `cptrain.distributed` hold every private torch symbol of the proje
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -130,3 +132,11 @@ def efficient_backward(
         dout, q, keys, values, None, out, padded, unused, unused, 0.0, [True, True, True, False], causal, scale=scale
     )
     return dq, reduce_heads(dk, k.size(1)), reduce_heads(dv, k.size(1))
+
+
+def saved_tensors_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
+    """What packs and unpacks the tensors that are saved for backward right now, as checkpointing does; None if nothing.
+
+    Not of a kernel: there is no public way to ask.
+    """
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)

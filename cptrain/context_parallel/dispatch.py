@@ -9,7 +9,9 @@ step would be gone when the backward pass recomputes, and patching the function 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pickle import PicklingError
 from types import MethodType
@@ -19,31 +21,62 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
+
+from cptrain.context_parallel.backends import saved_tensors_hooks
 
 Attention = Callable[..., torch.Tensor]
+# Parts of the names of other functions and operators that attend, as far as a mode sees them.
+OTHERS = (
+    "cudnn_attention",
+    "efficient_attention",
+    "flash_attention",
+    "flash_attn",
+    "flex_attention",
+    "multi_head_attention",
+    "scaled_dot_product",
+    "varlen_attn",
+)
+SWITCH = "_context_parallel_switch"  # where a module keeps it
+WHOLE = "checkpoint the whole module or the block around it, not a part of its forward"
 
 
 class AttentionMode(TorchFunctionMode):
-    """While active, sends `F.scaled_dot_product_attention` to `attention`, and remembers that it was called."""
+    """While active, sends `F.scaled_dot_product_attention` to `attention`.
+
+    reached: it was called. other: the name of another attention that was, or "".
+    """
 
     def __init__(self, attention: Attention, window_size: int | None) -> None:
         super().__init__()
         self.attention = attention
         self.window_size = window_size
         self.reached = False
+        self.other = ""
         self.with_grad = torch.is_grad_enabled()
+        self.hooks = None if torch.compiler.is_compiling() else saved_tensors_hooks()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
             self.reached = True
-            if self.with_grad and not torch.is_grad_enabled():
-                # Reentrant checkpointing computes a part so, and again in backward, where this mode is gone.
-                raise NotImplementedError(
-                    "attention without gradients inside of a forward that has them: checkpoint the whole module or the "
-                    "block around it, not a part of its forward; or take it out of no_grad()"
-                )
+            self._refuse_part()
             return _replace(self.attention, self.window_size, *args, **(kwargs or {}))
+        name = str(getattr(func, "__name__", ""))  # by str a constant under torch.compile
+        if any(part in name for part in OTHERS):
+            # Refused after the forward: flex_attention compiles itself, and would bury what is raised here.
+            self.other = name
         return func(*args, **(kwargs or {}))
+
+    def _refuse_part(self) -> None:
+        """NotImplementedError in a part of the forward that backward computes again, when this mode is gone."""
+        if self.with_grad and not torch.is_grad_enabled():  # as reentrant checkpointing computes a part
+            raise NotImplementedError(
+                f"attention without gradients inside of a forward that has them: {WHOLE}; or take it out of no_grad()"
+            )
+        if self.with_grad and not torch.compiler.is_compiling():
+            hooks = saved_tensors_hooks()
+            if hooks and hooks != self.hooks and getattr(hooks[0], "__module__", "") == checkpoint.__module__:
+                raise NotImplementedError(f"attention in a checkpointed part of a module's forward: {WHOLE}")
 
 
 def _replace(
@@ -68,10 +101,8 @@ def _replace(
         raise NotImplementedError(
             f"dropout_p = {dropout_p}: attention dropout is not supported under context parallelism; set it to 0.0"
         )
-    if query.size(1) != key.size(1) and not enable_gqa:
-        raise ValueError(
-            f"{query.size(1)} query heads and {key.size(1)} kv heads need enable_gqa=True, as on one device"
-        )
+    if key.size(1) not in (1, query.size(1)) and not enable_gqa:  # a single kv head is broadcast
+        raise ValueError(f"{query.size(1)} query heads and {key.size(1)} kv heads need enable_gqa=True")
     if window_size is not None and not is_causal:
         raise ValueError(f"window_size = {window_size}: these modules call attention without is_causal=True")
     query, key, value = (_autocast(x) for x in (query, key, value))
@@ -88,12 +119,13 @@ def _autocast(x: torch.Tensor) -> torch.Tensor:
 def apply(
     model: nn.Module, *, modules: str | Sequence[str], attention: Attention, window_size: int | None = None
 ) -> list[str]:
-    """Names of the modules of `model` whose name matches the pattern and whose attention is now `attention`.
+    """Names of the modules of `model` whose name matches a pattern and whose attention is now `attention`.
 
-    A module that is context parallel already takes the new plan from its next forward on. Raises ValueError when
-    nothing matches or a match contains another (its calls would be taken twice); NotImplementedError for torch's own
-    MultiheadAttention, and for checkpointing of a part of a forward; and, at its first forward,
-    RuntimeError for a matched module that never calls the function.
+    The pattern "" is the model itself. A module that is context parallel already takes the new plan from its next
+    forward on. Raises ValueError when a pattern matches nothing, or only what cannot attend, and when a match contains
+    another (its calls would be taken twice); NotImplementedError for torch's own MultiheadAttention; and, at a forward,
+    for another attention in it and for checkpointing of a part of it, and RuntimeError where it never calls the
+    function.
     """
     matched = match(model, modules)
     for name, module in matched.items():
@@ -102,82 +134,122 @@ def apply(
 
 
 def match(model: nn.Module, modules: str | Sequence[str]) -> dict[str, nn.Module]:
-    """The modules that `apply` is about to change, by name; its errors come from here."""
+    """The modules that `apply` is about to change, each by its first name that matches; its errors come from here."""
     patterns = [modules] if isinstance(modules, str) else list(modules)
-    matched = {
-        name: module
-        for name, module in model.named_modules()
-        if name and any(fnmatchcase(name, pattern) for pattern in patterns)
-    }
-    if not matched:
-        kinds = sorted({name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1].find("att") >= 0})
-        hint = f"; modules with att in their name: {', '.join(kinds[:8])}" if kinds else ""
-        raise ValueError(f"modules = {modules!r} matches no module of {type(model).__name__}{hint}")
-    for name, module in matched.items():
-        if any(isinstance(part, nn.MultiheadAttention) for part in module.modules()):
+    # A module that is registered under several names is found by any of them.
+    named = list(model.named_modules(remove_duplicate=False))
+    found = {pattern: {name for name, _ in named if _matches(name, pattern)} for pattern in patterns}
+    missed = [pattern for pattern, names in found.items() if not names]
+    if missed or not patterns:
+        near = _near(missed, dict.fromkeys(name for name, _ in named if name))
+        hint = f"; modules with such a name, or att in it: {', '.join(near)}" if near else ""
+        missing = ", ".join(map(repr, missed)) or repr(modules)
+        raise ValueError(f"modules = {missing} matches no module of {type(model).__name__}{hint}")
+    chosen = set().union(*found.values())
+    by_identity: dict[int, tuple[str, nn.Module]] = {}
+    for name, module in named:
+        if name in chosen:
+            by_identity.setdefault(id(module), (name, module))
+    for name, module in by_identity.values():
+        parts = list(module.modules())
+        if any(isinstance(part, nn.MultiheadAttention) for part in parts):
             raise NotImplementedError(
-                f"{name} is or contains nn.MultiheadAttention, whose attention cannot be replaced: call "
+                f"{_called(name)} is or contains nn.MultiheadAttention, whose attention cannot be replaced: call "
                 "F.scaled_dot_product_attention in a module of your own"
             )
-        inside = [other for other in matched if other.startswith(name + ".")]
+        if all(type(part).__module__.startswith("torch.nn.modules.") for part in parts):
+            raise ValueError(
+                f"modules = {modules!r} matches {_called(name)}, a {type(module).__name__} of torch, which never calls "
+                'F.scaled_dot_product_attention: name the modules whose own forward does; "" is the model itself'
+            )
+        inside = [by_identity[id(part)][0] for part in parts[1:] if id(part) in by_identity]
         if inside:
-            raise ValueError(f"modules = {modules!r} matches {name} and {inside[0]} inside it; name only one of them")
-    return matched
+            raise ValueError(
+                f"modules = {modules!r} matches {_called(name)} and {inside[0]} inside it; name only one of them"
+            )
+    return dict(by_identity.values())
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Whether a pattern means the module of this name; the model itself, "", is only meant by its name."""
+    return fnmatchcase(name, pattern) if name else not pattern
+
+
+def _near(patterns: Iterable[str], names: Iterable[str]) -> list[str]:
+    """Up to eight of the names: those whose last part looks like one of the patterns', then those with att in it."""
+    last = {name: name.rsplit(".", 1)[-1] for name in names}
+    wanted = [pattern.rsplit(".", 1)[-1] for pattern in patterns]
+    close = {part for name in wanted for part in get_close_matches(name, set(last.values()), cutoff=0.7)}
+    fitting = [name for name, part in last.items() if part in close or "att" in part]
+    return sorted(fitting, key=lambda name: last[name] not in close)[:8]
+
+
+def _called(name: str) -> str:
+    """The name of a module in a sentence."""
+    return name or "the model itself"
 
 
 def install(name: str, module: nn.Module, attention: Attention, window_size: int | None) -> None:
     """Make the attention of one module `attention`, whatever it was before."""
-    switch = getattr(module.forward, "context_parallel_switch", None)
-    if switch is None:
-        _wrap(name, module, Switch(attention, window_size))
-    else:
-        switch.attention, switch.window_size = attention, window_size
+    if switch_of(module) is None:
+        _wrap(name, module)
+    module.__dict__[SWITCH] = Switch(attention, window_size)
 
 
+@dataclass(frozen=True)
 class Switch:
-    """Which attention a module uses: what `apply` sets, and sets again when the plan changes."""
+    """Which attention a module uses: what `apply` puts into it, and replaces when the plan changes."""
 
-    def __init__(self, attention: Attention, window_size: int | None) -> None:
-        self.attention = attention
-        self.window_size = window_size
+    attention: Attention
+    window_size: int | None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Switch:
+        """The same: it never changes, and `apply` to one of the modules replaces it there alone."""
         return self
 
     def __reduce__(self) -> NoReturn:
+        # Otherwise a pickle would leave the new forward out in silence.
         raise PicklingError(
             "a module that was made context parallel cannot be pickled: once loaded it would attend to its own shard "
             "only; save its state_dict(), or pickle it before apply"
         )
 
 
-def _wrap(name: str, module: nn.Module, switch: Switch) -> None:
-    def with_attention(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def switch_of(module: nn.Module) -> Switch | None:
+    """The switch of a module; None where it was not made context parallel."""
+    return getattr(module, SWITCH, None)
+
+
+def _wrap(name: str, module: nn.Module) -> None:
+    def with_attention(self: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        switch = self._context_parallel_switch
         # A mode of this call's own: torch.compile then sees no state that outlives the call.
         mode = AttentionMode(switch.attention, switch.window_size)
         with mode:
             result = forward(*args, **kwargs)
+        if mode.other:
+            raise NotImplementedError(
+                f"{_called(name)} calls {mode.other}, which is not replaced and would attend to its own shard only: "
+                "call F.scaled_dot_product_attention instead"
+            )
         if not mode.reached:
             raise RuntimeError(
-                f"{name} was made context parallel, but its forward never called F.scaled_dot_product_attention: "
-                "each rank would attend to its own shard only"
+                f"{_called(name)} was made context parallel, but its forward never called "
+                "F.scaled_dot_product_attention: each rank would attend to its own shard only"
             )
         return result
 
-    wrap_forward(module, with_attention, context_parallel_switch=switch)
-    # A pickle would leave the new forward out in silence, so the module holds something that refuses.
-    module.__dict__["_context_parallel_switch"] = switch
+    wrap_forward(module, with_attention)
 
 
-def wrap_forward(module: nn.Module, around: Callable[..., Any], **marks: Any) -> None:
-    """Replace the module's forward by `around(forward, *args, **kwargs)`; `marks` are put on it as attributes."""
+def wrap_forward(module: nn.Module, around: Callable[..., Any]) -> None:
+    """Replace the module's forward by `around(module, forward, *args, **kwargs)`; a deep copy hands over itself."""
     original = module.forward
     # Bound anew at each call, so that a deep copy of the model computes with the parameters of the copy.
     unbound = original.__func__ if isinstance(original, MethodType) and original.__self__ is module else None
 
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return around(functools.partial(unbound, self) if unbound else original, *args, **kwargs)
+        return around(self, functools.partial(unbound, self) if unbound else original, *args, **kwargs)
 
-    forward.__dict__.update(marks)
     module.forward = MethodType(forward, module)  # type: ignore[method-assign]

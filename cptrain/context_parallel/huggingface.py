@@ -18,6 +18,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from cptrain.context_parallel.huggingface_checks import Inputs, check_inputs, de
 # The implementation's name in transformers' registries. It must not contain the name of another ("sdpa", "flash"):
 # transformers looks for those inside of it.
 NAME = "cptrain"
+INPUTS = "_context_parallel_inputs"  # where a model keeps what its inputs are checked against
 # What transformers hands to `attention` beyond its own arguments without a meaning for it.
 MEANINGLESS = {
     "cache_position",
@@ -66,6 +68,13 @@ def prepare(
     Raises NotImplementedError for a model whose attention would not be exact, with everything that is wrong in it, and
     ValueError for a window_size, since these models have their own; nothing is changed then.
     """
+    modeling: Any = sys.modules.get("transformers.modeling_utils")
+    for name, module in matched.items():
+        if modeling and any(isinstance(part, modeling.PreTrainedModel) for part in module.modules()):
+            raise ValueError(
+                f"{name or 'the model itself'} is or contains a transformers model: name the modules in it that call "
+                'attention themselves, as "*.self_attn"'
+            )
     around = {name: _models_around(model, name) for name in matched}
     ours = {name: matched[name] for name in matched if around[name]}
     if not ours:
@@ -110,7 +119,7 @@ def attention(
     Raises RuntimeError in a module that was not applied, NotImplementedError for what would not be exact.
     """
     where = f"{type(module).__name__} of layer {getattr(module, 'layer_idx', '?')}"
-    switch = getattr(module.forward, "context_parallel_switch", None)
+    switch = dispatch.switch_of(module)
     if switch is None:
         raise RuntimeError(
             f"{where} was not made context parallel, but its config was: name it in modules=... (the modules that "
@@ -194,16 +203,18 @@ def _window_of(module: nn.Module) -> int | None:
 
 def _watch(model: nn.Module, inputs: Inputs) -> None:
     """Check what this transformers model is called with, from now on."""
-    watched = getattr(model.forward, "context_parallel_inputs", None)
-    if watched is not None:
-        watched.positions, watched.degree, watched.packed = inputs.positions, inputs.degree, inputs.packed
+    before: Inputs | None = getattr(model, INPUTS, None)
+    model.__dict__[INPUTS] = inputs
+    if before is not None:
+        reads_positions = inputs.reads_positions or before.reads_positions
+        model.__dict__[INPUTS] = replace(inputs, reads_positions=reads_positions)
         return
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = inspect.signature(model.forward).parameters.values()
     names = [parameter.name for parameter in parameters if parameter.kind in kinds]
 
-    def with_checks(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        given = dict(zip(names, args, strict=False)) | kwargs
+    def with_checks(self: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        given, inputs = dict(zip(names, args, strict=False)) | kwargs, self._context_parallel_inputs
         check_inputs(inputs, given)
         if inputs.packed and inputs.reads_positions and given.get("position_ids") is None:
             given["position_ids"] = default_positions(inputs, given)
@@ -212,4 +223,4 @@ def _watch(model: nn.Module, inputs: Inputs) -> None:
             given["use_cache"] = False
         return forward(**given)
 
-    dispatch.wrap_forward(model, with_checks, context_parallel_inputs=inputs)
+    dispatch.wrap_forward(model, with_checks)

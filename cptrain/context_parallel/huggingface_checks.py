@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,26 +19,23 @@ CUT_IN_ROWS = (
 CUT_IN_DOCUMENTS = "cut positions that begin at 0 in each document, or in each row, with batch.shard, as the tokens"
 
 
+@dataclass(frozen=True)
 class Inputs:
-    """What the inputs of a model are checked against: what `apply` sets, and sets again when the plan changes.
+    """What the inputs of a model are checked against: what `apply` puts into it, and replaces when the plan changes.
 
     positions: what this rank's positions may be when it holds so many tokens of a row, each way [rows, tokens], the
     first by default, where -1 leaves one open. degree: ranks that share a sequence. packed: calls are inside of a batch
     of packed documents. reads_positions: this is the model that computes with them, not one around it.
     """
 
-    def __init__(
-        self,
-        positions: Callable[[int], tuple[torch.Tensor, ...]],
-        degree: int,
-        packed: bool,
-        *,
-        reads_positions: bool,
-    ) -> None:
-        self.positions = positions
-        self.degree = degree
-        self.packed = packed
-        self.reads_positions = reads_positions
+    positions: Callable[[int], tuple[torch.Tensor, ...]]
+    degree: int
+    packed: bool
+    reads_positions: bool
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Inputs:
+        """The same: it never changes, and `apply` to one of the models replaces it there alone."""
+        return self
 
 
 def problems(owner: Any, matched: Sequence[nn.Module], *, known: str) -> Iterator[str]:

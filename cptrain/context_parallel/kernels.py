@@ -9,17 +9,21 @@ any error.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.attention import activate_flash_attention_impl, current_flash_attention_impl
 
 from cptrain.context_parallel import backends, reference
 from cptrain.context_parallel.launches import Launch, Segments, segments
 from cptrain.context_parallel.schedule import Shape
+
+logger = logging.getLogger(__name__)
 
 Forward = Callable[[Tensor, Tensor, Tensor, bool, float], tuple[Tensor, Tensor]]
 Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool, float], tuple[Tensor, Tensor, Tensor]]
@@ -127,7 +131,8 @@ def choose_kernel(
     """The kernel of this name, or by "auto" the fastest, for a device, a dtype, and the widths of keys and values.
 
     packed: of packed documents, whose blocks have ever new shapes. An implementation of flash attention that the kernel
-    needs is activated, for this process. Raises NotImplementedError that names what would work.
+    needs is activated, for this process. Each choice is logged once, on rank 0, with a warning if it is a slow one.
+    Raises NotImplementedError that names what would work.
     """
     kernel = _choose(
         device_type,
@@ -175,13 +180,17 @@ def _choose(
         and (kernel.any_shapes or not packed)
         and (kernel.deterministic or not deterministic)
     ]
-    for kernel in fitting:
-        by_itself = kernel.generations is None or generation in kernel.generations
-        if kernel.name == name or (name == "auto" and by_itself):
-            return kernel
     widths = f"{key_dim}" if key_dim == value_dim else f"{key_dim} and values of {value_dim}"
     what = f"{dtype} on {device_type} with keys of {widths}{', packed documents' if packed else ''}"
     what += ", deterministic" if deterministic else ""
+    for kernel in fitting:
+        by_itself = kernel.generations is None or generation in kernel.generations
+        if kernel.name == name or (name == "auto" and by_itself):
+            if not (dist.is_initialized() and dist.get_rank()):
+                logger.info(f"attention kernel {kernel.name} for {what}")
+                if kernel is REFERENCE and name == "auto" and device_type != "meta":
+                    logger.warning(f"attention is several times slower in plain torch: no other kernel takes {what}")
+            return kernel
     wanted = "no attention kernel" if name == "auto" else f'the attention kernel "{name}" is not there'
     offered = (
         ", ".join(kernel.name for kernel in fitting if not kernel.implementation)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from cptrain.context_parallel.carrier import accumulator_dtype
 from cptrain.context_parallel.packing import Packing
 
 if TYPE_CHECKING:
@@ -23,8 +25,9 @@ class Entered:
     """The batch that a plan is inside of: the one thing about a plan that changes.
 
     Read by every attention of the plan, in whatever thread a backward pass recomputes it: no context variable.
-    batch: None outside of batches. packing: of it, encoded. route: of its keys. shape: rows, tokens of a row. These are
-    fields of their own because compiled code reads them: asked of the batch, it would be compiled anew for each.
+    batch: None outside of batches. packing: of it, encoded. routes: of its keys, for layers with windows up to this,
+    the widest (0: without one) last; in half precision, and in full. shape: rows, tokens of a row. These are fields of
+    their own because compiled code reads them: asked of the batch, it would be compiled anew for each.
     recomputed: the packing of the batch inside of which a backward pass has computed attention again.
     num_compared: how many batches the ranks have compared so far.
     """
@@ -32,18 +35,27 @@ class Entered:
     def __init__(self) -> None:
         self.batch: PackedBatch | None = None
         self.packing: torch.Tensor | None = None
-        self.route = ""
+        self.routes: tuple[tuple[int, str, str], ...] = ()
         self.shape = (0, 0)
         self.recomputed: torch.Tensor | None = None
         self.num_compared = 0
 
-    def enter(self, batch: PackedBatch, route: str) -> None:
-        self.batch, self.packing, self.route = batch, batch.encoded, route
+    def enter(self, batch: PackedBatch) -> None:
+        self.batch, self.packing, self.routes = batch, batch.encoded, batch._routes()
         self.shape = (batch.packing.num_rows, batch.packing.row_length)
 
     def leave(self) -> None:
-        self.batch, self.packing, self.route, self.shape = None, None, "", (0, 0)
+        self.batch, self.packing, self.routes, self.shape = None, None, (), (0, 0)
         self.recomputed = None
+
+    def route(self, window: int, dtype: torch.dtype) -> str:
+        """How keys of this dtype travel for a layer with this window; "" outside of batches."""
+        route = ""
+        for widest, half, full in self.routes:
+            route = half if dtype.itemsize == 2 else full
+            if 0 < window <= widest:
+                break
+        return route
 
     def guard(self, out: torch.Tensor) -> torch.Tensor:
         """What attention found inside of this batch, whose gradient is refused if it was recomputed inside of another.
@@ -107,20 +119,46 @@ class PackedBatch:
         return _taken(whole, torch.argsort(pieces.transpose(0, 1).flatten(1), dim=1), dim)
 
     def __enter__(self) -> PackedBatch:
-        plan, packing = self.plan, self.packing
+        plan = self.plan
         if plan._entered.packing is not None:
             raise RuntimeError("another batch is entered: leave it (after its backward pass) before entering this one")
         if plan._entered.num_compared < COMPARED and plan.degree > 1:
             plan._entered.num_compared += 1
             self._compare()
-        exchanges = plan.method != "all_gather" and plan.ring_degree > 1
-        exchanges = exchanges and packing.exchange_is_cheaper(plan.ring_inner_degree)
-        route = plan._exchange_route if exchanges else plan._route
-        plan._entered.enter(self, route)
+        plan._entered.enter(self)
         return self
 
     def __exit__(self, *_: object) -> None:
         self.plan._entered.leave()
+
+    def exchanges(self, window: int, dtype: torch.dtype) -> bool:
+        """Whether keys of this dtype go straight to their readers, for layers with this window (0: without one).
+
+        Where all would be gathered, for windows alone: they are then never more.
+        """
+        packing, plan = self.packing, self.plan
+        if plan.ring_degree == 1:
+            return False
+        if plan.method == "all_gather":
+            counted = packing.moved_of(window)
+            return counted.window > 0 and counted.keys < packing.ring_keys
+        width = accumulator_dtype(dtype).itemsize // dtype.itemsize
+        return packing.exchange_is_cheaper(plan.ring_inner_degree, window=window, gradient_width=width)
+
+    def num_moved(self, window: int, dtype: torch.dtype) -> int:
+        """Keys that travel forward for a layer with this window, over all ranks of the ring."""
+        return self.packing.moved_of(window).keys if self.exchanges(window, dtype) else self.packing.ring_keys
+
+    def _routes(self) -> tuple[tuple[int, str, str], ...]:
+        """What `Entered.route` chooses from."""
+        routes = []
+        for window in sorted((moved.window for moved in self.packing.moved), key=lambda w: w or math.inf):
+            half, full = (
+                self.plan._exchange_route if self.exchanges(window, dtype) else self.plan._route
+                for dtype in (torch.bfloat16, torch.float32)
+            )
+            routes.append((window, half, full))
+        return tuple(routes)
 
     def _compare(self) -> None:
         """RuntimeError on all ranks of the plan unless they have the same documents, dealt alike."""

@@ -8,9 +8,11 @@ by the data loader ahead of the step, saved for the backward pass, and read by t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain, pairwise
 from typing import Literal, NamedTuple
 
 import torch
@@ -19,34 +21,43 @@ from cptrain.context_parallel.balance import choose_chunk_size, chunk_parts, dea
 from cptrain.context_parallel.layout import Layout
 from cptrain.context_parallel.mask import Documents, Mask
 
-GRADIENT_WIDTH = 2  # bytes of a gradient of keys (fp32) over those of a key (bf16)
 SMALLEST = 256  # encodings are filled up to a power of two from here, so that compiled graphs meet few shapes
 
 
 class Cost(NamedTuple):
-    """Of one attention over a batch, counted over all rows, ranks and pairs of ranks.
+    """Of one attention over a batch, by which work was made even, counted over all rows and ranks.
 
-    num_pairs: (query, key) pairs. largest_work: those of the rank with most. num_moved: keys that travel if only those
-    that are seen do; num_moved_far: the part of them between ranks of different inner rings.
+    num_pairs: (query, key) pairs. largest_work: those of the rank with most.
     """
 
     num_pairs: int
     largest_work: int
-    num_moved: int
-    num_moved_far: int
+
+
+class Moved(NamedTuple):
+    """Keys that travel, over all pairs of ranks, for layers with a sliding window (0: without one).
+
+    If only those travel that are seen. far: the part of them between ranks of different inner rings.
+    """
+
+    window: int
+    keys: int
+    far: int
 
 
 @dataclass(frozen=True)
 class Packing:
     """documents: of all rows of the batch, one row after another. layout: of that stream, over the ring's ranks.
 
-    Every rank holds as many tokens of each row. Raises ValueError where rows, documents and chunks do not fit together.
+    moved: by window of the model's layers, that by which work is even first. Every rank holds as many tokens of each
+    row. Raises ValueError where rows, documents and chunks do not fit together.
     """
 
     documents: Documents
     layout: Layout
     num_rows: int
     cost: Cost
+    moved: tuple[Moved, ...]
 
     def __post_init__(self) -> None:
         length, layout = self.documents.length, self.layout
@@ -67,23 +78,33 @@ class Packing:
         return self.cost.largest_work * self.layout.num_ranks / max(self.cost.num_pairs, 1)
 
     @property
+    def ring_keys(self) -> int:
+        """Keys that a full ring moves, over all ranks."""
+        return (self.layout.num_ranks - 1) * self.layout.length
+
+    @property
     def moved_share(self) -> float:
         """Keys that travel, of those that a full ring moves; 0.0 for one rank."""
-        full = (self.layout.num_ranks - 1) * self.layout.length
-        return self.cost.num_moved / full if full else 0.0
+        return self.moved[0].keys / self.ring_keys if self.ring_keys else 0.0
 
-    def exchange_is_cheaper(self, inner_degree: int = 1) -> bool:
+    def moved_of(self, window: int = 0) -> Moved:
+        """What moves for layers with this window: of one that was not counted, as for the next wider one."""
+        wider = [m for m in self.moved if m.window == 0 or 0 < window <= m.window]
+        return min(wider, key=lambda m: m.window or math.inf, default=Moved(0, self.ring_keys, self.ring_keys))
+
+    def exchange_is_cheaper(self, inner_degree: int = 1, *, window: int = 0, gradient_width: int = 2) -> bool:
         """Whether keys that go straight to their readers, and gradients back, are fewer bytes than in a (double) ring.
 
         An exchange sends what moves twice, and its gradients once. A ring sends everything N - 1 times, then N - 2
         times, starting from the keys it ended with, and gradients N - 1 times. Of a double ring, the slow link counts.
+        gradient_width: bytes of a gradient of keys over those of a key; 2 for half precision.
         """
-        num_ranks, length = self.layout.num_ranks, self.layout.length
-        moved, times = self.cost.num_moved, (2 * num_ranks - 3, num_ranks - 1)
+        num_ranks, length, (_, moved, far) = self.layout.num_ranks, self.layout.length, self.moved_of(window)
+        times = (2 * num_ranks - 3, num_ranks - 1)
         if 1 < inner_degree < num_ranks:
             groups = num_ranks // inner_degree
-            moved, times = self.cost.num_moved_far, (2 * groups - 2, groups - 1)
-        return moved * (2 + GRADIENT_WIDTH) < length * (times[0] + GRADIENT_WIDTH * times[1])
+            moved, times = far, (2 * groups - 2, groups - 1)
+        return moved * (2 + gradient_width) < length * (times[0] + gradient_width * times[1])
 
     def mask(self, window: int = 0) -> Mask:
         """What queries of this batch see, with a sliding window or without."""
@@ -107,8 +128,9 @@ class Packing:
     def encode(self) -> torch.Tensor:
         """The packing as int64 [a power of two], on the CPU; `decode` gives it back."""
         offsets, padding = self.documents.offsets, self.documents.padding
-        numbers = [self.num_rows, self.layout.num_ranks, self.layout.chunk_size, len(offsets), len(padding)]
-        numbers += [*self.cost, *offsets, *padding, *owners_of(self.layout)]
+        numbers = [self.num_rows, self.layout.num_ranks, self.layout.chunk_size]
+        numbers += [len(offsets), len(padding), len(self.moved), *self.cost, *chain.from_iterable(self.moved)]
+        numbers += [*offsets, *padding, *owners_of(self.layout)]
         size = max(SMALLEST, 1 << (len(numbers) - 1).bit_length())
         return torch.tensor(numbers + [0] * (size - len(numbers)), dtype=torch.int64)
 
@@ -125,24 +147,25 @@ def _decode(content: bytes) -> Packing:
     def take(count: int) -> tuple[int, ...]:
         return tuple(next(numbers) for _ in range(count))
 
-    num_rows, num_ranks, chunk_size, num_offsets, num_padding = take(5)
+    num_rows, num_ranks, chunk_size, num_offsets, num_padding, num_windows = take(6)
     cost = Cost(*take(len(Cost._fields)))
+    moved = tuple(Moved(*take(len(Moved._fields))) for _ in range(num_windows))
     documents = Documents(take(num_offsets), take(num_padding))
     layout = Layout.of_owners(take(documents.length // chunk_size), num_ranks, chunk_size)
-    return Packing(documents, layout, num_rows, cost)
+    return Packing(documents, layout, num_rows, cost, moved)
 
 
 @dataclass(frozen=True)
 class Packer:
     """Packs batches for one plan, anywhere: it holds no groups and pickles, for the processes that build batches.
 
-    num_ranks, inner_degree: of the ring. chunk_size: tokens of a chunk, or "auto". window: see `pack`.
+    num_ranks, inner_degree: of the ring. chunk_size: tokens of a chunk, or "auto". windows: see `pack`.
     """
 
     num_ranks: int
     inner_degree: int = 1
     chunk_size: int | Literal["auto"] = "auto"
-    window: int = 0
+    windows: tuple[int, ...] = (0,)
 
     def __call__(self, documents: Documents, num_rows: int) -> Packing:
         """The packing of a batch of documents in rows. ValueError for a chunk size that does not divide a shard."""
@@ -151,7 +174,7 @@ class Packer:
             num_ranks=self.num_ranks,
             num_rows=num_rows,
             chunk_size=choose_chunk_size(documents.length // num_rows // self.num_ranks, self.chunk_size),
-            window=self.window,
+            windows=self.windows,
             inner_degree=self.inner_degree,
         )
 
@@ -162,22 +185,28 @@ def pack(
     num_ranks: int,
     num_rows: int,
     chunk_size: int,
-    window: int = 0,
+    windows: Sequence[int] = (0,),
     inner_degree: int = 1,
     layout: Layout | None = None,
 ) -> Packing:
     """The packing of a batch over a ring of `num_ranks`: its chunks dealt as `balance.deal` does, or laid as given.
 
-    window: of the layers whose work is to be even; inner_degree: ranks of an inner ring.
+    windows: of the layers, 0 for one without; the work of those that see most is made even. inner_degree: ranks of an
+    inner ring.
     """
+    widest_first = sorted(set(windows), key=lambda window: window or math.inf, reverse=True)
+    window = widest_first[0]
     if layout is None:
         layout = deal(documents, num_ranks=num_ranks, num_rows=num_rows, chunk_size=chunk_size, window=window)
     parts, owners = chunk_parts(documents, layout.chunk_size), owners_of(layout)
     work = work_of(parts, window)
     loads = [sum(work[chunk] for chunk in chunks) for chunks in layout.chunks]
-    moved = num_moved(parts, owners, window=window)
-    far = num_moved(parts, owners, window=window, inner_degree=inner_degree) if inner_degree > 1 else moved
-    return Packing(documents, layout, num_rows, Cost(sum(loads), max(loads), moved, far))
+    moved = []
+    for window in widest_first:
+        keys = num_moved(parts, owners, window=window)
+        far = num_moved(parts, owners, window=window, inner_degree=inner_degree) if inner_degree > 1 else keys
+        moved.append(Moved(window, keys, far))
+    return Packing(documents, layout, num_rows, Cost(sum(loads), max(loads)), tuple(moved))
 
 
 def find_documents(document_ids: torch.Tensor) -> Documents:
@@ -198,12 +227,20 @@ def find_documents(document_ids: torch.Tensor) -> Documents:
 def join_offsets(offsets: Sequence[Sequence[int]]) -> Documents:
     """The documents of a batch from the offsets of each row, which rise from 0 to the length of all rows.
 
-    Raises ValueError for rows that do not.
+    Rows may be tensors. Raises ValueError for rows that do not.
     """
-    offsets = [[int(offset) for offset in row] for row in offsets]  # rows may be tensors
-    length = offsets[0][-1] if offsets and offsets[0] else 0
-    for number, row in enumerate(offsets):
-        if len(row) < 2 or row[0] != 0 or row[-1] != length:
-            raise ValueError(f"offsets[{number}] = {list(row)}: must rise from 0 to the length of all rows, {length}")
-    starts = [length * number + offset for number, row in enumerate(offsets) for offset in row[:-1]]
-    return Documents((*starts, length * len(offsets)))
+    rows = [_integers(number, row) for number, row in enumerate(offsets)]
+    length = rows[0][-1] if rows and rows[0] else 0
+    for number, row in enumerate(rows):
+        if len(row) < 2 or row[0] != 0 or row[-1] != length or any(b <= a for a, b in pairwise(row)):
+            raise ValueError(f"offsets[{number}] = {row}: must rise from 0 to the length of all rows, {length}")
+    starts = [length * number + offset for number, row in enumerate(rows) for offset in row[:-1]]
+    return Documents((*starts, length * len(rows)))
+
+
+def _integers(number: int, row: Sequence[int] | torch.Tensor) -> list[int]:
+    """One row of offsets. ValueError for what is not a list of whole numbers."""
+    values = row.tolist() if hasattr(row, "tolist") else row
+    if not isinstance(values, list | tuple) or not all(isinstance(value, int) for value in values):
+        raise ValueError(f"offsets[{number}] = {values}: must be a list of whole numbers, a list for each row")
+    return list(values)

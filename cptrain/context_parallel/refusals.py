@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch.autograd.forward_ad import unpack_dual
+from torch.distributed import get_process_group_ranks
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from cptrain.context_parallel.kernels import KERNELS
 from cptrain.context_parallel.layout import LAYOUTS
-from cptrain.distributed.settings import divisors, valid_ulysses_degrees
+from cptrain.distributed.divide import divisors, valid_ulysses_degrees
 
 if TYPE_CHECKING:
     from cptrain.context_parallel.api import ContextParallel
@@ -31,6 +33,11 @@ def check_plan(plan: ContextParallel, ring: int, ulysses: int) -> None:
         raise ValueError(f'layout = "{plan.layout}": must be one of {", ".join((*LAYOUTS, "balanced"))}')
     if plan.chunk_size != "auto" and plan.chunk_size < 1:
         raise ValueError(f'chunk_size = {plan.chunk_size}: must be a number of tokens, or "auto"')
+    if plan.chunk_size != "auto" and plan.layout != "balanced":
+        raise ValueError(
+            f'chunk_size = {plan.chunk_size}: layout = "{plan.layout}" deals no chunks; leave it out, or set layout to '
+            '"balanced"'
+        )
     names = ["auto", *(kernel.name for kernel in KERNELS)]
     if plan.kernel not in names:
         raise ValueError(f'kernel = "{plan.kernel}": must be one of {", ".join(names)}')
@@ -52,6 +59,11 @@ def check_plan(plan: ContextParallel, ring: int, ulysses: int) -> None:
         raise ValueError(
             f"ring_inner_degree = {plan.ring_inner_degree}: a ring of {ring} allows "
             f"{', '.join(map(str, divisors(ring)))}"
+        )
+    if plan.ring_inner_degree > 1 and plan.method == "all_gather":
+        raise ValueError(
+            f'ring_inner_degree = {plan.ring_inner_degree}: method = "all_gather" has no ring; leave it out, or set '
+            'method to "ring"'
         )
 
 
@@ -87,9 +99,11 @@ def check_tensors(
             f"{q.size(SEQUENCE_DIM)} query and {k.size(SEQUENCE_DIM)} key tokens per rank: a causal mask needs as "
             "many keys as queries; use is_causal=False for cross-attention"
         )
+    if window_size is not None and not isinstance(window_size, int):
+        raise ValueError(f"window_size = {window_size}: must be a whole number of tokens, or None")
     if window_size is not None and (window_size < 1 or not is_causal):
         raise ValueError(f"window_size = {window_size}: must be at least 1, with is_causal=True; or leave it out")
-    if heads % kv_heads:
+    if not heads or not kv_heads or heads % kv_heads:
         raise ValueError(f"{heads} query heads are not a multiple of {kv_heads} kv heads")
     valid = valid_ulysses_degrees(heads, kv_heads)
     if ulysses_degree not in valid:
@@ -119,9 +133,12 @@ def check_entered(shape: tuple[int, int], q: torch.Tensor, *, is_causal: bool, d
 
 
 def check_placements(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, axes: tuple[str, ...]
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, mesh: DeviceMesh, axes: tuple[str, ...]
 ) -> tuple[DTensor, DTensor, DTensor]:
-    """The same tensors; ValueError unless they are DTensors cut alike, along the sequence over `axes` of the plan."""
+    """The same tensors; ValueError unless they are DTensors cut alike, along the sequence over `axes` of the plan.
+
+    mesh: of the plan. Axes of one rank cut nothing, whatever the placement says.
+    """
     found = []
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, DTensor):
@@ -132,21 +149,38 @@ def check_placements(
         missing = [axis for axis in axes if axis not in theirs]
         if missing:
             raise ValueError(f"{name} is a DTensor on the axes {theirs}; the sequence is cut over {', '.join(missing)}")
-        for axis, placement in zip(theirs, x.placements, strict=True):
+        for axis, size, placement in zip(theirs, x.device_mesh.shape, x.placements, strict=True):
             allowed = [Shard(SEQUENCE_DIM)] if axis in axes else [Replicate(), Shard(0), Shard(HEAD_DIM)]
-            if placement not in allowed:
+            if size > 1 and placement not in allowed:
                 raise ValueError(
                     f"{name} is {placement} on {axis}; needed is {' or '.join(map(str, allowed))}: redistribute it"
                 )
         found.append(x)
     query, key, value = found
     # Local head groups would pair the wrong heads if queries were cut and keys were not.
-    if not (
-        query.device_mesh == key.device_mesh == value.device_mesh
-        and query.placements == key.placements == value.placements
-    ):
+    cuts = [
+        [placement for size, placement in zip(x.device_mesh.shape, x.placements, strict=True) if size > 1]
+        for x in found
+    ]
+    if not (query.device_mesh == key.device_mesh == value.device_mesh and cuts[0] == cuts[1] == cuts[2]):
         raise ValueError(
             f"q, k, v are {query.placements}, {key.placements}, {value.placements} on axes "
             f"{query.device_mesh.mesh_dim_names}; they must be cut alike: redistribute them"
         )
+    if query.device_mesh == mesh:
+        return query, key, value
+    for axis in axes:
+        (ranks, there), (ours, here) = _place(query.device_mesh, axis), _place(mesh, axis)
+        if (ranks, there) != (ours, here):
+            raise ValueError(
+                f"q, k, v are DTensors on a mesh whose {axis} has the ranks {ranks}, this one at {there}; in the plan "
+                f"it has {ours}, this one at {here}: cut them with this plan's shard, or distribute them on its mesh"
+            )
     return query, key, value
+
+
+def _place(mesh: DeviceMesh, axis: str) -> tuple[list[int], int]:
+    """The ranks with which this one shares an axis, and its place in their order."""
+    # Not from the tensor of a mesh, which takes a fifth of a millisecond to look into; a group has its ranks sorted.
+    dim, coordinate = (mesh.mesh_dim_names or ()).index(axis), mesh.get_coordinate()
+    return ([], -1) if coordinate is None else (get_process_group_ranks(mesh.get_group(axis)), coordinate[dim])

@@ -29,9 +29,9 @@ from cptrain.context_parallel.kernels import choose_kernel
 from cptrain.context_parallel.layout import Layout
 from cptrain.context_parallel.mask import Documents, Mask
 from cptrain.context_parallel.packed_batch import PackedBatch
-from cptrain.context_parallel.packing import pack
+from cptrain.context_parallel.packing import Moved, pack
 from cptrain.context_parallel.refusals import HEAD_DIM, SEQUENCE_DIM
-from cptrain.distributed.settings import divisors
+from cptrain.distributed.divide import divisors
 
 EXACT = 1e-10  # largest difference allowed in fp64, of values of about 1
 MOST_ENDS = 8  # ranks whose last token is followed back, where there are more
@@ -340,13 +340,13 @@ def _packed(plan: ContextParallel, mask: Mask, length: int, carried: Carried) ->
         num_ranks=plan.ring_degree,
         num_rows=mask.documents.length // length,
         chunk_size=small_chunk_size(length, plan.ring_degree),
-        window=mask.window,
+        windows=(mask.window,),
         inner_degree=plan.ring_inner_degree,
     )
     if carried:
         # What the choice is made by: as if nothing had to travel, or more than a ring would send.
         moved = 0 if carried == "exchange" else plan.ring_degree * packing.layout.length
-        packing = replace(packing, cost=packing.cost._replace(num_moved=moved, num_moved_far=moved))
+        packing = replace(packing, moved=(Moved(mask.window, moved, moved),))
     return plan.packed(packing.encode())
 
 

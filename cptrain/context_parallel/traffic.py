@@ -59,12 +59,13 @@ def attention_traffic(
     """(forward, backward) of one call on rank `ring_rank` of the ring that `layout` cuts the sequence over.
 
     gathers: whether the method is all_gather. An inner ring changes which link carries a message, not its size.
-    exchanges: whether the needed keys of documents go straight to their readers; other masks decide it by themselves.
+    exchanges: whether the needed keys of documents go straight to their readers (`PackedBatch.exchanges`); other masks
+    decide it by themselves.
     """
     forward, backward = Traffic(), Traffic()
     packed = mask.documents is not None
     batch = 1 if packed else call.batch
-    needed_only = exchanges and not gathers if packed else sends_needed_only(layout, mask)
+    needed_only = exchanges if packed else sends_needed_only(layout, mask)
     tokens = layout.shard_length // ulysses_degree
     kv_heads = max(call.kv_heads, ulysses_degree)  # fewer are repeated before they are exchanged
     if ulysses_degree > 1:

@@ -21,6 +21,7 @@ from cptrain.data.tokenizer import Tokenizer, build_tokenizer, tokenizer_identit
 logger = logging.getLogger("cptrain")
 
 _FORMAT = 2  # of the files in the folder; another one is another folder
+_NAMES_IN_ERROR = 5
 
 
 def prepare_corpus(config: DataConfig, tokenizer_config: TokenizerConfig, *, seed: int) -> Path:
@@ -123,7 +124,7 @@ def _write_about(
     empty: int,
 ) -> None:
     if len(offsets) == 1:
-        names = ": " + ", ".join(faults.names) if faults.names else ""
+        names = ": " + ", ".join(faults.names[:_NAMES_IN_ERROR]) if faults.names else ""
         raise ValueError(
             f"data.paths: no text in any file ({empty} empty documents, {faults.count} that cannot be read{names}); "
             "name files that hold some"

@@ -50,7 +50,9 @@ class DataConfig:
     text_field: str = setting("text", "the field of a jsonl line that holds the text")
     token_dtype: Literal["uint8", "uint16", "uint32"] = setting("uint16", "what one token is in the files of tokens")
     on_error: Literal["raise", "skip"] = setting(
-        "raise", '"raise": stop at a corrupt line or unreadable file; "skip": leave it out, count it and log its name'
+        "raise",
+        '"raise": stop at a corrupt line or unreadable file; "skip": leave it out, count it and log its name, as the '
+        'source "stdlib" always does',
     )
     validation_fraction: float = setting(0.01, "share of the tokens held out for validation, in whole documents")
     seed: int | Literal["auto"] = setting("auto", 'orders and splits the documents; "auto": the seed of the training')

@@ -14,11 +14,11 @@ from cptrain.data.settings import DataConfig
 
 logger = logging.getLogger(__name__)
 
-_NAMES_KEPT = 5
+_NAMES_KEPT = 200
 
 
 class Faults:
-    """Counts what could not be read and keeps the first names; or raises at the first one."""
+    """Counts what could not be read and keeps the names, of the first 200; or raises at the first one."""
 
     def __init__(self, *, on_error: str) -> None:
         self.count = 0

@@ -62,7 +62,7 @@ class ByteTokenizer:
 
 
 def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
-    """The tokenizer the config names, checked. ValueError if the factory cannot be found or breaks the interface."""
+    """The tokenizer the config names, checked. ValueError if the factory is not there, fails, or breaks the rules."""
     if config.name == "byte":
         return ByteTokenizer()
     where = f"tokenizer.name = {config.name!r}"
@@ -71,7 +71,14 @@ def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
         factory = getattr(importlib.import_module(module_name), factory_name)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"{where}: {error}; install the package or correct the name") from error
-    tokenizer = factory(config.path) if config.path else factory()
+    arguments = (config.path,) if config.path else ()
+    try:
+        tokenizer = factory(*arguments)
+    except Exception as error:  # somebody else's code: it may raise anything, and it is the name or path that is wrong
+        call = f"{factory_name}({', '.join(map(repr, arguments))})"
+        raise ValueError(
+            f"{where}: {call} raised {type(error).__name__}: {error}; correct tokenizer.name or tokenizer.path"
+        ) from error
     if not isinstance(tokenizer, Tokenizer):
         needed = "vocab_size, bos_id, eos_id, pad_id, encode, decode"
         missing = ", ".join(name for name in needed.split(", ") if not hasattr(tokenizer, name))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,27 +20,41 @@ from cptrain.distributed.settings import CommConfig
 Result = TypeVar("Result")
 
 
-def world_size_from_environment() -> int:
-    """Ranks that a launcher (torchrun, or srun without it) announces; 1 without any."""
-    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
+def rank_from_environment() -> tuple[int, int]:
+    """(rank, world size) as torchrun announces them, or srun without it; (0, 1) where neither started this process.
+
+    RuntimeError where a launcher leaves out what ranks find each other by.
+    """
+    name, rank = "WORLD_SIZE", os.environ.get("RANK") or os.environ.get("SLURM_PROCID")
+    if not os.environ.get(name) and os.environ.get("SLURM_PROCID"):  # else a shell of salloc, which is no rank
+        name = "SLURM_NTASKS"
+    world_size = int(os.environ.get(name) or 1)
+    if world_size == 1:
+        return 0, 1
+    found = {"RANK": rank, **{key: os.environ.get(key) for key in ("MASTER_ADDR", "MASTER_PORT")}}
+    if missing := [key for key, value in found.items() if not value]:
+        raise RuntimeError(
+            f"{name} = {world_size}, but {', '.join(missing)} not set: ranks do not find each other; start them with "
+            f"torchrun, as launch/slurm.sbatch does, or unset {name} for one rank"
+        )
+    return int(rank or 0), world_size
 
 
 @contextmanager
 def process_group(comm: CommConfig, device: torch.device) -> Iterator[None]:
     """The default process group while the block runs: gloo on CPU, nccl (and gloo for CPU tensors) on CUDA.
 
-    Ranks come from torchrun's RANK / WORLD_SIZE / MASTER_ADDR, or from SLURM_PROCID where srun starts the ranks; with
-    neither, this process is a world of one and needs no port.
+    Ranks are those of `rank_from_environment`, found at MASTER_ADDR and MASTER_PORT; a world of one needs no port.
     """
+    rank, world_size = rank_from_environment()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=comm.init_timeout_seconds)
     with tempfile.TemporaryDirectory(prefix="cptrain-") as folder:
-        if world_size_from_environment() == 1:
+        if world_size == 1:
             store = dist.FileStore(str(Path(folder) / "store"), 1)
             dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
         else:
-            rank = int(os.environ.get("RANK") or os.environ["SLURM_PROCID"])
-            dist.init_process_group(backend, rank=rank, world_size=world_size_from_environment(), timeout=timeout)
+            dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
         try:
             yield
         finally:
@@ -47,12 +62,31 @@ def process_group(comm: CommConfig, device: torch.device) -> Iterator[None]:
 
 
 def local_device() -> torch.device:
-    """The accelerator of this local rank if there is CUDA, else the CPU; CUDA's current device is set to it."""
+    """The accelerator of this local rank if there is CUDA, else the CPU; CUDA's current device is set to it.
+
+    RuntimeError, on all ranks of the host, where there are more of them than GPUs.
+    """
     if not torch.cuda.is_available():
         return torch.device("cpu")
     local_rank = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
+    ranks, gpus = max(local_rank + 1, _ranks_on_host()), torch.cuda.device_count()
+    if ranks > gpus:
+        raise RuntimeError(
+            f"{ranks} ranks on this host, but {gpus} GPU{'' if gpus == 1 else 's'} found: each rank needs one; start "
+            f"{gpus} here, or all on CPU with CUDA_VISIBLE_DEVICES="
+        )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+def _ranks_on_host() -> int:
+    """Ranks that the launcher started here, 1 where it does not say it."""
+    if ranks := os.environ.get("LOCAL_WORLD_SIZE"):
+        return int(ranks)
+    # Slurm counts by node, as in "8(x3),4"
+    counted = re.findall(r"(\d+)(?:\(x(\d+)\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    by_node = [int(ranks) for ranks, nodes in counted for _ in range(int(nodes or 1))] or [1]
+    return by_node[min(int(os.environ.get("SLURM_NODEID") or 0), len(by_node) - 1)]
 
 
 def set_timeouts(seconds: int) -> None:

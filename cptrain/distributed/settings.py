@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from cptrain.config import Problem, setting
+from cptrain.distributed.divide import divisors, valid_ulysses_degrees
 
-MOST_CHUNKS = 128  # that the balanced layout deals to a rank, of one sequence: more take seconds
+MOST_OF_A_NODE = 8  # ranks that one torchrun starts
+MOST_SECONDS = 365 * 24 * 3600  # of a timeout: a year
 Order = Literal["head_first", "context_first"]
 Method = Literal["auto", "ring", "ulysses", "hybrid", "all_gather"]
-
-
-def divisors(number: int) -> list[int]:
-    """All divisors of a positive number, in rising order."""
-    return [d for d in range(1, number + 1) if number % d == 0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,24 +101,15 @@ class Degrees:
         return self.data * self.context * self.tp
 
 
-def valid_ulysses_degrees(num_heads: int, num_kv_heads: int, tp: int = 1) -> list[int]:
-    """Ulysses degrees at which every rank gets whole groups of heads, in rising order.
-
-    Heads are first divided over `tp`. A degree u needs heads % u == 0 and, so that a query head and its kv head meet on
-    one rank, one of (kv heads, u) must divide the other; kv heads are replicated where u is larger.
-    """
-    heads, kv_heads = num_heads // tp, max(1, num_kv_heads // tp)
-    return [u for u in divisors(heads) if kv_heads % u == 0 or u % kv_heads == 0] if heads else []
-
-
 def resolve_degrees(
     config: ParallelismConfig, *, world_size: int, num_heads: int, num_kv_heads: int, windowed: bool = False
 ) -> tuple[Degrees | None, list[Problem]]:
-    """The size of every axis for a world and a model, and everything that stands against it (then no degrees).
+    """The size of every axis for a world and a model, and everything that stands against it.
 
+    Where only the number of ranks is wrong, the degrees come with that: what they cut can be checked nevertheless.
     windowed: whether the model has sliding windows, which weighs in what "auto" chooses.
     """
-    found = list(config.problems())
+    found = [problem for problem in config.problems() if problem.key != "chunk_size"]  # which divides no ranks
     if found:
         return None, found
     tp, replicate = config.tensor_parallel_degree, config.data_parallel_replicate_degree
@@ -134,21 +122,15 @@ def resolve_degrees(
                 rule=f"{num_heads} heads and {num_kv_heads} kv heads allow {_listed(both)}",
             )
         )
-    if split is None:
+    if split is None or found:
         return None, found
     ring, ulysses = split
-    fixed = replicate * ring * ulysses * tp
-    terms = f"replicate {replicate} x ring {ring} x ulysses {ulysses} x tensor {tp}"
+    degrees = Degrees(dp_replicate=replicate, ring=ring, ulysses=ulysses, tp=tp)
+    fixed, terms = degrees.world, f"replicate {replicate} x ring {ring} x ulysses {ulysses} x tensor {tp}"
     shard = config.data_parallel_shard_degree
     if shard == -1:
         if world_size % fixed:
-            found.append(
-                Problem(
-                    key="data_parallel_shard_degree",
-                    rule=f"{terms} = {fixed} does not divide the world size {world_size}",
-                    fix=f"run on a multiple of {fixed} ranks, or lower one of the degrees",
-                )
-            )
+            found.append(_too_large(config, degrees, f"{terms} = {fixed}", world_size))
         shard = max(1, world_size // fixed)
     elif shard * fixed != world_size:
         found.append(
@@ -158,9 +140,29 @@ def resolve_degrees(
                 fix=f"run on {shard * fixed} ranks, or set it to -1",
             )
         )
-    if found:
-        return None, found
-    return Degrees(dp_replicate=replicate, dp_shard=shard, ring=ring, ulysses=ulysses, tp=tp), []
+    return replace(degrees, dp_shard=shard), found
+
+
+def _too_large(config: ParallelismConfig, degrees: Degrees, product: str, world_size: int) -> Problem:
+    """What to say of degrees that do not divide the world; the largest one is blamed, by the key that gives it."""
+    ring_key, ulysses_key = (
+        "context_parallel_degree" if getattr(config, key) == "auto" else key
+        for key in ("ring_degree", "ulysses_degree")
+    )
+    given = [
+        (degrees.dp_replicate, "data_parallel_replicate_degree"),
+        (degrees.ring, ring_key),
+        (degrees.ulysses, ulysses_key),
+        (degrees.tp, "tensor_parallel_degree"),
+    ]
+    fixed, above_1 = degrees.world, {key for degree, key in given if degree > 1}
+    lower = f"lower {max(given)[1] if len(above_1) == 1 else 'one of the degrees'}"
+    rule, fix = f"{product} does not divide the world size {world_size}", f"run on a multiple of {fixed} ranks"
+    if world_size == 1:  # most likely nobody thought of a launcher
+        rule = f"{product} ranks are needed, and this is one"
+        if fixed <= MOST_OF_A_NODE:
+            fix = f"start {fixed} with `torchrun --nproc-per-node {fixed} -m cptrain.train ...`"
+    return Problem(key=max(given)[1], rule=rule, fix=f"{fix}, or {lower}")
 
 
 def _listed(values: list[int]) -> str:
@@ -274,7 +276,7 @@ def _split_context(
                 fix="give ring_degree and ulysses_degree, or use auto",
             )
         )
-    if ulysses > 1 and ulysses not in valid:
+    if ulysses > 1 and valid and ulysses not in valid:  # without any, the tensor degree is at fault
         problems.append(
             Problem(
                 key="ulysses_degree",
@@ -311,5 +313,5 @@ class CommConfig:
 
     def problems(self) -> Iterator[Problem]:
         for key in ("init_timeout_seconds", "train_timeout_seconds"):
-            if getattr(self, key) < 1:
-                yield Problem(key=key, rule="must be a positive number of seconds")
+            if not 1 <= getattr(self, key) <= MOST_SECONDS:
+                yield Problem(key=key, rule=f"must be a number of seconds from 1 to {MOST_SECONDS}, a year")

@@ -5,11 +5,11 @@ Groups are passed by name, as torch's functional collectives do, so that a custo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import zip_longest
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -132,6 +132,11 @@ def _in_order(send: torch.Tensor) -> bool:
     return send.is_cuda and dist.get_debug_level() != dist.DebugLevel.DETAIL
 
 
+def _named(new: str, old: str) -> Callable[..., Any]:
+    """A collective of torch by its new name, where torch has it: it then warns of the old one."""
+    return getattr(dist, new, None) or getattr(dist, old)
+
+
 class Gathering:
     """Collectives that collect one part from every rank while the caller computes: `post`, then `wait`."""
 
@@ -143,7 +148,9 @@ class Gathering:
         """(parts of all ranks in rank order [N, ...], the work to wait for) of one contiguous part."""
         _note("all_gather", part.nbytes * (self._group.size() - 1))
         parts = part.new_empty(self._group.size(), *part.shape)
-        work = dist.all_gather_into_tensor(parts.flatten(0, 1), part.contiguous(), group=self._group, async_op=True)
+        work = _named("all_gather_single", "all_gather_into_tensor")(
+            parts.flatten(0, 1), part.contiguous(), group=self._group, async_op=True
+        )
         if not self._overlap and work is not None:
             work.wait()
             work = None
@@ -153,7 +160,8 @@ class Gathering:
         """This rank's slice of `parts` [N, ...], summed over all ranks."""
         own = parts.new_empty(parts.shape[1:])
         _note("reduce_scatter", parts.nbytes - own.nbytes)
-        dist.reduce_scatter_tensor(own, parts.flatten(0, 1), group=self._group)
+        reduce_scatter = _named("reduce_scatter_single", "reduce_scatter_tensor")
+        reduce_scatter(own, parts.flatten(0, 1), group=self._group)
         return own
 
 

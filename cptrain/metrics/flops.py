@@ -14,7 +14,7 @@ def visible_pairs(lengths: Iterable[int], mask: AttentionMask, window: int = 0) 
     With a sliding window W (0: none), query i of a sequence sees min(i + 1, W) keys.
 
     `lengths` are those of the spans inside which tokens see each other: whole sequences, or single documents where
-    packed documents are kept apart.
+    packed documents are kept apart; without padding.
     """
     if mask == "causal":
         pairs = 0
@@ -34,6 +34,7 @@ def attention_pairs(shape: ModelShape, lengths: Sequence[int]) -> int:
 def training_flops(shape: ModelShape, *, tokens: int, pairs: int) -> int:
     """The FLOPs of forward and backward for `tokens` tokens whose attention looks at `pairs` (`attention_pairs`).
 
+    Both are of documents alone: padding, like a masked pair, is computed and not needed.
     Per layer, with E = dim, H heads and G kv heads of size D, and F = ffn_dim, the forward pass takes
 
     * weights: 2 * tokens * (E H D + 2 E G D + H D E + 3 E F), for q, k and v, o, and the three SwiGLU matrices;

@@ -10,8 +10,9 @@ def format_line(summary: Summary, *, device_word: str) -> str:
     """`key: value` pairs two spaces apart, as torchtitan prints them and its users' regular expressions expect.
 
     No value holds two spaces and nothing is padded or coloured, so `dict(p.split(": ", 1) for p in line.split("  "))`
-    reads a line back. `device_word` is what tokens per second are counted per: "gpu", or "rank" on CPU. memory is the
-    peak that the allocator of rank 0's device reserved (on CPU: that was resident), and its share of all there is.
+    reads a line back. `device_word` is what tokens per second are counted per: "gpu", or "rank" on CPU. tps and tokens
+    count padding, which tflops and mfu do not. memory is the peak that the allocator of rank 0's device reserved (on
+    CPU: that was resident), and its share of all there is.
     """
     mfu = "n/a" if summary.mfu_percent is None else f"{summary.mfu_percent:.2f}%"
     pairs = {

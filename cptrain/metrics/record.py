@@ -23,11 +23,11 @@ class StepRecord:
     max_loss: SupportsFloat  # largest of the ranks' own mean losses
     grad_norm: SupportsFloat  # global norm before clipping
     lr: float  # learning rate the step was taken with
-    tokens: int  # tokens read in this step by all ranks together; tensor- and context-parallel peers share theirs
+    tokens: int  # read in this step by all ranks, with padding; tensor- and context-parallel peers share theirs
     tokens_seen: int  # the same since the start of the training, over all resumes
     step_time_s: float  # wall time from the end of the step before to the end of this one, without saves and validation
     data_time_s: float  # the part of it spent waiting for data
-    flops: int  # what the step needs on all devices together (`training_flops`)
+    flops: int  # what the step needs on all devices together (`training_flops`), without padding
     extra: Mapping[str, SupportsFloat] = dataclasses.field(
         default_factory=dict
     )  # further curves by their full tag, as "long_context/docs_per_seq"
@@ -43,7 +43,7 @@ class Summary:
     grad_norm: float
     lr: float
     tokens_seen: int
-    tps: float  # tokens per second and device
+    tps: float  # tokens per second and device, with padding, as in tokens_seen
     tps_total: float
     tflops: float  # TFLOP/s of one device
     mfu_percent: float | None  # None where the peak of the device is unknown

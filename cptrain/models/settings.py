@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from cptrain.config import Problem, setting
+from cptrain.distributed.divide import divisors
 from cptrain.models.flavors import FLAVORS
 from cptrain.models.shape import ModelShape, RopeScaling
 
@@ -132,7 +133,7 @@ class ModelConfig:
     def _problems_of_heads(self, merged: dict[str, Any]) -> Iterator[Problem]:
         dim, heads, kv_heads = merged["dim"], merged["num_heads"], merged["num_kv_heads"]
         if _positive(heads) and _positive(kv_heads) and heads % kv_heads:
-            allowed = [d for d in range(1, heads + 1) if heads % d == 0]
+            allowed = divisors(heads)
             best = min(allowed, key=lambda d: abs(d - kv_heads))
             yield Problem(
                 key="num_kv_heads",
@@ -152,7 +153,7 @@ class ModelConfig:
             head_dim, where = dim // heads, "num_heads"
         else:
             return
-        if head_dim % 2:
+        if head_dim > 0 and head_dim % 2:
             rule = f"rotary embedding turns pairs of channels: head_dim must be even (here {head_dim})"
             yield Problem(key=where, rule=rule, fix=f"set model.head_dim to {head_dim + 1}")
 
@@ -188,20 +189,12 @@ def resolve(config: ModelConfig, vocab_size: int) -> ModelShape:
     """
     if problems := list(config.problems()):
         raise ValueError("\n".join(f"model.{p.key}: {p.rule}{f'; {p.fix}' if p.fix else ''}" for p in problems))
-    merged = _merge(config)
-    if merged["vocab_size"] == "auto":
-        merged["vocab_size"] = vocab_size
+    merged = _fill(_merge(config), vocab_size)
     if merged["vocab_size"] < vocab_size:
         raise ValueError(
             f"model.vocab_size = {merged['vocab_size']}: the tokenizer has {vocab_size} ids; "
             f"set it to {vocab_size} or more"
         )
-    if merged["num_kv_heads"] == "auto":
-        merged["num_kv_heads"] = merged["num_heads"]
-    if merged["head_dim"] == "auto":
-        merged["head_dim"] = merged["dim"] // merged["num_heads"]
-    if merged["ffn_dim"] == "auto":
-        merged["ffn_dim"] = 256 * math.ceil(8 * merged["dim"] / 3 / 256)
     return ModelShape(
         **{key: merged[key] for key in _SIZES},
         norm_eps=float(merged["norm_eps"]),
@@ -214,6 +207,29 @@ def resolve(config: ModelConfig, vocab_size: int) -> ModelShape:
         window_size=merged["window_size"],
         full_attention_every=merged["full_attention_every"],
     )
+
+
+def known_sizes(config: ModelConfig, vocab_size: int) -> dict[str, int]:
+    """Sizes and windows as `resolve` has them; 0 for those that the settings have wrong, and what follows from them."""
+    blamed = {problem.key for problem in config.problems()}
+    sound = {key: "auto" if key in blamed else value for key, value in _merge(config).items()}
+    filled = _fill(sound, vocab_size)
+    unknown = {key for key in filled if key in blamed or filled[key] == "auto"}
+    if "flavor" in blamed:  # it may say anything else
+        unknown |= {key for key in filled if not _given(getattr(config, key))}
+    return {key: 0 if key in unknown else filled[key] for key in (*_SIZES, "window_size", "full_attention_every")}
+
+
+def _fill(merged: dict[str, Any], vocab_size: int) -> dict[str, Any]:
+    """What a merge leaves "auto" by the rules of the keys' help, as far as the sizes in them are known."""
+    dim, heads = merged["dim"], merged["num_heads"]
+    follows = {
+        "vocab_size": vocab_size,
+        "num_kv_heads": heads,
+        "head_dim": dim // heads if _given(dim) and _given(heads) else "auto",
+        "ffn_dim": 256 * math.ceil(8 * dim / 3 / 256) if _given(dim) else "auto",
+    }
+    return merged | {key: value for key, value in follows.items() if merged[key] == "auto"}
 
 
 def _merge(config: ModelConfig) -> dict[str, Any]:

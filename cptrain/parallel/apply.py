@@ -108,7 +108,13 @@ def apply_context_parallel(model: Llama, plan: ContextParallel) -> list[str]:
 
 
 def compile_blocks(model: Llama, *, backend: str) -> None:
-    """Compile each block by itself: one graph serves all of them, and none spans an FSDP2 boundary."""
+    """Compile each block by itself: one graph serves all of them, and none spans an FSDP2 boundary.
+
+    ValueError for a backend that torch does not have.
+    """
+    if backend not in torch.compiler.list_backends(exclude_tags=()):
+        known = ", ".join([*torch.compiler.list_backends(), "aot_eager", "eager"])
+        raise ValueError(f'compile.backend = "{backend}": must be one that torch has: {known}')
     # Entering the attention mode inside a checkpointed region counts as a side effect that is not repeated in the
     # backward pass. It need not be: what the mode changed is already in the graph.
     torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True

@@ -46,9 +46,10 @@ class PackDocuments:
 
 @dataclass
 class Counts:
-    """What the micro-batches of a step hold, summed over all sequences; the last four over rings, by `Packing.cost`.
+    """What the micro-batches of a step hold, summed over all sequences; the last four over rings.
 
-    pairs: (query, key) pairs of the attention of all layers.
+    pairs: (query, key) pairs of the attention of all layers, without padding. work: those by which `Packing.cost` makes
+    a ring even. moved_keys: that travel forward, over all layers, by what carries them in each.
     """
 
     sequences: int = 0
@@ -58,21 +59,25 @@ class Counts:
     work: int = 0
     largest_work: int = 0  # of a rank, times the ranks of its ring
     moved_keys: int = 0
-    ring_keys: int = 0  # that a full ring would move
+    ring_keys: int = 0  # that full rings would move
 
     @staticmethod
-    def of(batch: dict[str, torch.Tensor], shape: ModelShape, packed: PackedBatch | None) -> Counts:
-        """Counts of one micro-batch of whole windows; without document masks a window is one document."""
-        rows, length = batch["tokens"].shape
-        documents = packed.packing.documents if packed else find_documents(batch["document_ids"])
+    def of(batch: dict[str, torch.Tensor], shape: ModelShape, packed: PackedBatch | None, dtype: torch.dtype) -> Counts:
+        """Counts of one micro-batch of whole windows; without document masks attention sees a window as one document.
+
+        dtype: of keys, which has a say in how they travel.
+        """
+        ids = batch["document_ids"]
+        documents = packed.packing.documents if packed else find_documents(ids)
         lengths = [stop - start for start, stop in documents.spans()]
-        counts = Counts(sequences=rows, documents=len(lengths), padding=documents.length - sum(lengths))
-        counts.pairs = attention_pairs(shape, lengths if packed else [length] * rows)
+        counts = Counts(sequences=len(ids), documents=len(lengths), padding=documents.length - sum(lengths))
+        counts.pairs = attention_pairs(shape, lengths if packed else (ids >= 0).sum(1).tolist())
         if packed is None:
             return counts
-        cost, layout = packed.packing.cost, packed.packing.layout
-        counts.work, counts.largest_work = cost.num_pairs, cost.largest_work * layout.num_ranks
-        counts.moved_keys, counts.ring_keys = cost.num_moved, (layout.num_ranks - 1) * layout.length
+        cost, windows = packed.packing.cost, shape.windows()
+        counts.work, counts.largest_work = cost.num_pairs, cost.largest_work * packed.packing.layout.num_ranks
+        counts.moved_keys = sum(packed.num_moved(window, dtype) for window in windows)
+        counts.ring_keys = packed.packing.ring_keys * len(windows)
         return counts
 
     @staticmethod
@@ -88,7 +93,11 @@ class Counts:
         return Counts(*numbers)
 
     def curves(self, tokens: int) -> dict[str, float]:
-        """Points of the curves about documents, by tag; those about ranks only where documents are packed over some."""
+        """Points of the curves about documents, by tag; those about ranks only where documents are packed over some.
+
+        tokens: of the step, with padding. The imbalance is that of a ring, the work of its busiest rank over the mean
+        of its ranks; what one data-parallel ring has to do beyond another does not show.
+        """
         points = {
             "long_context/docs_per_seq": self.documents / max(self.sequences, 1),
             "long_context/padding(%)": 100 * self.padding / max(tokens, 1),

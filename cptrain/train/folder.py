@@ -25,7 +25,7 @@ class Folders:
         """
         wanted = {"job.dump_folder": settings.job.folder}
         if settings.checkpoint.enable:
-            wanted["checkpoint.folder"] = settings.job.folder / settings.checkpoint.folder
+            wanted["checkpoint.folder"] = settings.checkpoint.below(settings.job.folder)
         try:
             for key, folder in wanted.items():
                 holder = ""

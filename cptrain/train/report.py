@@ -18,6 +18,9 @@ def describe(
     accumulation = global_batch // (training.local_batch_size * degrees.data)
     local = length // degrees.context
     parameters = num_parameters(shape)
+    vocabulary, embedded = f"{shape.vocab_size}", ""
+    if not shape.vocab_size:
+        vocabulary, embedded = "as the tokenizer has it", " without embeddings"
     heads, kv_heads = shape.num_heads // degrees.tp, shape.num_kv_heads // degrees.tp
     seen = length // degrees.ring
     q = [training.local_batch_size, heads // degrees.ulysses, seen, shape.head_dim]
@@ -31,10 +34,10 @@ def describe(
         "batch": f"{global_batch} {'sequence' if global_batch == 1 else 'sequences'} = {global_batch * length:,} "
         f"tokens per step: {accumulation} micro-batch{'' if accumulation == 1 else 'es'} of "
         f"{training.local_batch_size} on {degrees.data} data-parallel {'rank' if degrees.data == 1 else 'ranks'}",
-        "model": f"{settings.model.flavor}: {parameters:,} parameters, {shape.num_layers} layers, dim {shape.dim}, "
-        f"{shape.num_heads} heads, {shape.num_kv_heads} kv heads of {shape.head_dim}, ffn {shape.ffn_dim}, vocabulary "
-        f"{shape.vocab_size}, {_mask(settings, shape)}",
-        "per rank": f"about {parameters // (degrees.fsdp * degrees.tp):,} parameters; tokens "
+        "model": f"{settings.model.flavor}: {parameters:,} parameters{embedded}, {shape.num_layers} layers, "
+        f"dim {shape.dim}, {shape.num_heads} heads, {shape.num_kv_heads} kv heads of {shape.head_dim}, "
+        f"ffn {shape.ffn_dim}, vocabulary {vocabulary}, {_mask(settings, shape)}",
+        "per rank": f"about {parameters // (degrees.fsdp * degrees.tp):,} parameters{embedded}; tokens "
         f"[{training.local_batch_size}, {local}], attention sees q {q}, k and v {kv} at a time",
         "recompute": f"activation checkpointing {settings.activation_checkpoint.mode}, compile "
         f"{settings.compile.backend if settings.compile.enable else 'off'}",
@@ -44,6 +47,31 @@ def describe(
         lines["context layers"] = f"{len(context_modules)} of {shape.num_layers}: {first} .. {last}"
     width = max(map(len, lines))
     return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())
+
+
+def hyper_parameters(
+    settings: TrainSettings, degrees: Degrees, shape: ModelShape
+) -> dict[str, bool | int | float | str]:
+    """What runs are compared by, with "auto" resolved: a row of TensorBoard's HPARAMS."""
+    training, optimizer, scheduler = settings.training, settings.optimizer, settings.lr_scheduler
+    return {
+        "model.flavor": settings.model.flavor,
+        "model.parameters": num_parameters(shape),
+        **{f"model.{key}": getattr(shape, key) for key in ("dim", "num_layers", "num_heads", "num_kv_heads")},
+        "training.seq_len": training.seq_len,
+        "training.global_batch_size": settings.global_batch_size(degrees),
+        "training.steps": training.steps,
+        "optimizer.lr": optimizer.lr,
+        "optimizer.weight_decay": optimizer.weight_decay,
+        "lr_scheduler.warmup_steps": scheduler.warmup_steps,
+        "lr_scheduler.decay_type": scheduler.decay_type,
+        **{f"degree.{axis}": getattr(degrees, axis) for axis in ("dp_replicate", "dp_shard", "ring", "ulysses", "tp")},
+        "context parallel": _context(settings, degrees, shape),
+        "data.document_mask": settings.data.document_mask,
+        "activation_checkpoint.mode": settings.activation_checkpoint.mode,
+        "compile.enable": settings.compile.enable,
+        "debug.seed": settings.debug.seed,
+    }
 
 
 def _mask(settings: TrainSettings, shape: ModelShape) -> str:

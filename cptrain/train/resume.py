@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from dataclasses import asdict
 from typing import Any
 
 from cptrain.models.shape import ModelShape
+from cptrain.optim.schedule import learning_rate
+from cptrain.train.settings import TrainSettings
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +35,31 @@ def warn_of_other_shape(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     """
     if was := _differences(ours, theirs):
         logger.warning(f"resuming a model that was trained with other settings: {was}")
+
+
+def warn_of_other_schedule(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """Say where the learning rate does not go on from that of the last step taken, and by which settings.
+
+    ours, theirs: `plain_schedule` of that step; theirs is empty where there is no checkpoint, or one that does not say
+    it. A schedule that differs in later steps only, as one with a longer stable phase does, is as good as the same.
+    """
+    if not theirs or math.isclose(theirs["rate"], ours["rate"], rel_tol=1e-9):
+        return
+    logger.warning(
+        f"the learning rate does not go on where it was, {theirs['rate']:.3g} at step {theirs['step']} (here "
+        f"{ours['rate']:.3g}): {_differences(ours['settings'], theirs['settings'])}; set these as they were to go on "
+        "without a jump, and lr_scheduler.total_steps from the start for a run that is to be extended"
+    )
+
+
+def plain_schedule(settings: TrainSettings, step: int) -> dict[str, Any]:
+    """The learning rate of a step and the settings that it follows from, as a checkpoint keeps them."""
+    scheduler, lr, steps = settings.lr_scheduler, settings.optimizer.lr, settings.training.steps
+    keys = {f"lr_scheduler.{key}": value for key, value in asdict(scheduler).items()}
+    if scheduler.total_steps == "auto":
+        keys["lr_scheduler.total_steps"] = steps
+    rate = learning_rate(step, scheduler, lr=lr, total_steps=steps)
+    return {"step": step, "rate": rate, "settings": {"optimizer.lr": lr, **keys}}
 
 
 def plain_shape(shape: ModelShape) -> dict[str, Any]:

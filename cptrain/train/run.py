@@ -8,7 +8,7 @@ import shlex
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch.distributed as dist
@@ -25,17 +25,22 @@ logger = logging.getLogger("cptrain")
 
 def run(settings: TrainSettings) -> None:
     """Train as the settings say. What cptrain itself refuses ends the process with 2, without a traceback."""
-    device = local_device()
-    if device.type == "cpu":
-        keep_freed_memory()
-    with process_group(settings.comm, device):
+    with ExitStack() as ends:
+        with worded():
+            device = local_device()
+            if device.type == "cpu":
+                keep_freed_memory()
+            ends.enter_context(process_group(settings.comm, device))
         _start_logging(dist.get_rank())
-        with _worded(ValueError, NotImplementedError):
+        with worded(ValueError, NotImplementedError):
             trainer = Trainer(settings, device)
-        with trainer, _worded():
+        with trainer, worded():
             stopped_by = trainer.train()
         if stopped_by and settings.checkpoint.enable:
-            logger.info(f"stopped by {stopped_by} after step {trainer.step}; the same command goes on from there:")
+            where = ", on every node and with its --rdzv options," if _num_nodes() > 1 else ""
+            logger.info(
+                f"stopped by {stopped_by} after step {trainer.step}; the same command{where} goes on from there:"
+            )
             logger.info(f"  {resume_command()}")
         elif stopped_by:
             logger.info(
@@ -44,7 +49,7 @@ def run(settings: TrainSettings) -> None:
 
 
 @contextmanager
-def _worded(*kinds: type[Exception]) -> Iterator[None]:
+def worded(*kinds: type[Exception]) -> Iterator[None]:
     """Ends the process with 2 and the message alone for errors of these kinds, and for those that cptrain raises.
 
     Others are faults of the code, or of what it stands on, and keep their traceback.
@@ -63,7 +68,15 @@ def resume_command() -> str:
     arguments = shlex.join(sys.argv[1:])
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return f"python -m cptrain.train {arguments}"
-    return f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']} -m cptrain.train {arguments}"
+    nodes = f"--nnodes {_num_nodes()} " if _num_nodes() > 1 else ""
+    return f"torchrun {nodes}--nproc-per-node {os.environ['LOCAL_WORLD_SIZE']} -m cptrain.train {arguments}"
+
+
+def _num_nodes() -> int:
+    """Hosts that torchrun started ranks on, 1 without it."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return 1
+    return int(os.environ["WORLD_SIZE"]) // int(os.environ["LOCAL_WORLD_SIZE"])
 
 
 def _start_logging(rank: int) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,18 +13,17 @@ from typing import Literal
 from cptrain.checkpoint.settings import CheckpointConfig
 from cptrain.config import Problem, setting
 from cptrain.data.settings import DataConfig, TokenizerConfig
+from cptrain.distributed.divide import MOST_CHUNKS, divisors
 from cptrain.distributed.settings import (
-    MOST_CHUNKS,
     CommConfig,
     Degrees,
     Method,
     ParallelismConfig,
-    divisors,
     resolve_degrees,
     sequence_multiple,
 )
 from cptrain.metrics.settings import MetricsConfig, ProfilingConfig
-from cptrain.models.settings import ModelConfig, resolve
+from cptrain.models.settings import ModelConfig, known_sizes, resolve
 from cptrain.models.shape import ModelShape
 from cptrain.optim.settings import LRSchedulerConfig, OptimizerConfig
 from cptrain.parallel.settings import ActivationCheckpointConfig, CompileConfig
@@ -41,13 +42,16 @@ class JobConfig:
     def problems(self) -> Iterator[Problem]:
         if not self.name or self.name in (".", "..") or "/" in self.name:
             yield Problem(key="name", rule="must be the name of one folder, without a slash", fix='set it to "train"')
+        for key in ("name", "dump_folder"):
+            if re.search(r"[\x00-\x1f\x7f]", getattr(self, key)):
+                yield Problem(key=key, rule="must not hold control characters", fix="leave them out")
         if not self.dump_folder:
             yield Problem(key="dump_folder", rule="must name a folder", fix='set it to "outputs"')
 
     @property
     def folder(self) -> Path:
         """Where this run writes everything."""
-        return Path(self.dump_folder) / self.name
+        return Path(os.path.expanduser(self.dump_folder)) / self.name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,21 +165,31 @@ class TrainSettings:
                 fix="set it to 0.01, or validation.enable to false",
             )
         yield from self._problems_of_documents()
-        if any(True for section in (self.model, self.parallelism) for _ in section.problems()):
-            return  # these are reported by their sections, and nothing more can be derived from them
-        try:
-            shape = self.shape(BYTE_VOCABULARY if self.tokenizer.name == "byte" else 1)
-        except ValueError as error:
-            yield Problem(key="model.vocab_size", rule=str(error).partition(": ")[2])
+        # What is wrong inside of a section is said by it; only checks that rest on such a key are left out.
+        ids = self.known_vocabulary
+        sizes = known_sizes(self.model, _padded(ids))
+        if 0 < sizes["vocab_size"] < ids:
+            yield Problem(key="model.vocab_size", rule=f"the tokenizer has {ids} ids", fix=f"set it to {ids} or more")
+            sizes["vocab_size"] = 0
+        if world_size is None or not (sizes["num_heads"] and sizes["num_kv_heads"]):
             return
-        if world_size is None:
+        if any(problem.key != "chunk_size" for problem in self.parallelism.problems()):
             return
         for index in range(max(1, len(self.training.stages))):
             stage, where = self.at_stage(index), f"in training.stages[{index}]: " if self.training.stages else ""
-            degrees, found = stage._resolve_degrees(world_size, shape)
+            degrees, found = resolve_degrees(
+                stage.parallelism,
+                world_size=world_size,
+                num_heads=sizes["num_heads"],
+                num_kv_heads=sizes["num_kv_heads"],
+                windowed=sizes["window_size"] > 0 and sizes["full_attention_every"] != 1,
+            )
             found = [replace(problem, key=f"parallelism.{problem.key}") for problem in found]
             if degrees is not None:
-                found += stage._problems_of_lengths(degrees, shape)
+                found += stage._problems_of_lengths(degrees)
+                found += _problems_of_widths(degrees.tp, ffn_dim=sizes["ffn_dim"], vocab_size=sizes["vocab_size"])
+                if degrees.world == world_size:  # or it is not known how many ranks read different data
+                    found += stage._problems_of_batches(degrees)
             for problem in found:
                 key = self._written_key(index, problem.key)
                 yield replace(problem, key=key, rule=problem.rule if key != problem.key else where + problem.rule)
@@ -216,6 +230,12 @@ class TrainSettings:
                 rule='attention inside of documents is causal, but model.attention_mask = "full"',
                 fix="set it to false",
             )
+        if not masks and self.parallelism.chunk_size != "auto":
+            yield Problem(
+                key="parallelism.chunk_size",
+                rule="has no effect with data.document_mask = false, which deals no chunks out",
+                fix="leave it out",
+            )
 
     def at_stage(self, index: int) -> TrainSettings:
         """The settings as they are during a stage: its length, batch and degrees put in, no stages left."""
@@ -247,16 +267,7 @@ class TrainSettings:
                 return index
         return max(0, len(self.training.stages) - 1)
 
-    def _resolve_degrees(self, world_size: int, shape: ModelShape) -> tuple[Degrees | None, list[Problem]]:
-        return resolve_degrees(
-            self.parallelism,
-            world_size=world_size,
-            num_heads=shape.num_heads,
-            num_kv_heads=shape.num_kv_heads,
-            windowed=any(shape.windows()),
-        )
-
-    def _problems_of_lengths(self, degrees: Degrees, shape: ModelShape) -> Iterator[Problem]:
+    def _problems_of_lengths(self, degrees: Degrees) -> Iterator[Problem]:
         multiple, length = sequence_multiple(degrees), self.training.seq_len
         if length > 0 and length % multiple:
             below, above = length // multiple * multiple, -(-length // multiple) * multiple
@@ -268,8 +279,8 @@ class TrainSettings:
                 else f"must be a multiple of the tensor degree {degrees.tp}",
                 fix=f"set it to {f'{below} or {above}' if below else above}",
             )
-        chunk_size = self.parallelism.chunk_size
-        if chunk_size != "auto" and length > 0 and length % degrees.ring == 0:
+        chunk_size = self.parallelism.chunk_size if self.data.document_mask else "auto"
+        if chunk_size != "auto" and chunk_size > 0 and length > 0 and length % degrees.ring == 0:
             held = length // degrees.ring
             if held % chunk_size or held // chunk_size > MOST_CHUNKS:
                 fitting = [divisor for divisor in divisors(held) if held // divisor <= MOST_CHUNKS]
@@ -280,6 +291,8 @@ class TrainSettings:
                     "chunks at most",
                     fix=f"set it to {nearest}, or leave it out",
                 )
+
+    def _problems_of_batches(self, degrees: Degrees) -> Iterator[Problem]:
         at_a_time, global_batch = self.training.local_batch_size * degrees.data, self.training.global_batch_size
         if global_batch != "auto" and at_a_time > 0 and global_batch > 0 and global_batch % at_a_time:
             yield Problem(
@@ -288,24 +301,33 @@ class TrainSettings:
                 "data-parallel ranks",
                 fix=f"set it to {-(-global_batch // at_a_time) * at_a_time}",
             )
-        for key, value in (("ffn_dim", shape.ffn_dim), ("vocab_size", shape.vocab_size)):
-            if value % degrees.tp:
-                yield Problem(
-                    key=f"model.{key}",
-                    rule=f"{value} does not divide over the tensor degree {degrees.tp}",
-                    fix=f"set it to {math.ceil(value / degrees.tp) * degrees.tp}",
-                )
+
+    @property
+    def known_vocabulary(self) -> int:
+        """Ids of the tokenizer, 0 where it has to be built to know them."""
+        return BYTE_VOCABULARY if self.tokenizer.name == "byte" else 0
 
     def shape(self, vocabulary: int) -> ModelShape:
-        """The model for a tokenizer with this many ids; ValueError if its embedding is too small for them."""
-        padded = -(-vocabulary // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-        return resolve(self.model, padded if self.model.vocab_size == "auto" else vocabulary)
+        """The model for a tokenizer with this many ids; ValueError if its embedding is too small for them.
+
+        With 0 ids, which is to say that they are not known, an embedding as large as they are has no rows.
+        """
+        return resolve(self.model, _padded(vocabulary) if self.model.vocab_size == "auto" else vocabulary)
 
     def degrees(self, world_size: int, shape: ModelShape) -> Degrees:
-        """The mesh for this many ranks; ValueError if there is none."""
-        degrees, found = self._resolve_degrees(world_size, shape)
-        if degrees is None:
-            raise ValueError("\n".join(f"parallelism.{p.key}: {p.rule}; {p.fix}" for p in found))
+        """The mesh for this many ranks; ValueError if there is none that cuts the model's widths evenly."""
+        degrees, found = resolve_degrees(
+            self.parallelism,
+            world_size=world_size,
+            num_heads=shape.num_heads,
+            num_kv_heads=shape.num_kv_heads,
+            windowed=any(shape.windows()),
+        )
+        found = [replace(problem, key=f"parallelism.{problem.key}") for problem in found]
+        if degrees is not None:
+            found += _problems_of_widths(degrees.tp, ffn_dim=shape.ffn_dim, vocab_size=shape.vocab_size)
+        if degrees is None or found:
+            raise ValueError("\n".join(f"{p.key}: {p.rule}" + (p.fix and f"; {p.fix}") for p in found))
         return degrees
 
     def global_batch_size(self, degrees: Degrees) -> int:
@@ -313,3 +335,16 @@ class TrainSettings:
         if self.training.global_batch_size == "auto":
             return self.training.local_batch_size * degrees.data
         return self.training.global_batch_size
+
+
+def _padded(vocabulary: int) -> int:
+    """Rows of an embedding for this many ids."""
+    return -(-vocabulary // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
+def _problems_of_widths(tp: int, *, ffn_dim: int, vocab_size: int) -> Iterator[Problem]:
+    """Which widths of the model tensor parallel cannot cut evenly; 0 is one that is not known."""
+    for key, value in (("ffn_dim", ffn_dim), ("vocab_size", vocab_size)):
+        if value % tp:
+            fix = f"set it to {math.ceil(value / tp) * tp}"
+            yield Problem(key=f"model.{key}", rule=f"{value} does not divide over the tensor degree {tp}", fix=fix)

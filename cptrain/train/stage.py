@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from cptrain.context_parallel import ContextParallel
+from cptrain.context_parallel.balance import FEWEST_CHUNKS, choose_chunk_size
 from cptrain.data.loader import Batch, TrainBatches, validation_batches
 from cptrain.distributed.mesh import Meshes
 from cptrain.distributed.settings import ParallelismConfig
@@ -52,17 +53,15 @@ class Stage:
     def __init__(self, settings: TrainSettings, plan: Plan, texts: Texts, shape: ModelShape, *, tokens_seen: int):
         """tokens_seen: by the run so far, from which follows where the stage begins to read.
 
-        At an unchanged length that is the next sample; another length is shuffled in an order of its own, which begins
-        at the same share of the epoch.
+        At an unchanged length that is the next sample; windows of another length are shuffled in an order of their own,
+        and read from where as many tokens are behind.
         """
         self.settings, self.meshes, self.context = settings, plan.meshes, plan.context
         length, self.global_batch_size = settings.training.seq_len, settings.global_batch_size(plan.meshes.degrees)
         self.windows = texts.windows(length)
         self._held_out = texts.held_out_windows(length) if settings.validation.enable else None
-        # Work is balanced for the layers that see most.
-        spans = shape.windows()
-        packer = plan.context.packer(max(spans) if all(spans) else 0)
-        self.finish = PackDocuments(packer) if settings.data.document_mask else None
+        packs = settings.data.document_mask
+        self.finish = PackDocuments(plan.context.packer(shape.windows())) if packs else None
         self.batches = TrainBatches(
             self.windows,
             start_index=-(-tokens_seen // length),
@@ -94,6 +93,20 @@ class Stage:
         return (
             f"{self.global_batch_size} x {self.settings.training.seq_len:,} tokens, {self.context.summary()}, "
             f"data parallel {self.meshes.degrees.data}"
+        )
+
+    def warning(self) -> str:
+        """What makes the work of ranks uneven, if anything does."""
+        ring = self.context.ring_degree
+        if self.finish is None or ring == 1:
+            return ""
+        held = self.settings.training.seq_len // ring
+        num_chunks = held // choose_chunk_size(held, self.context.chunk_size)
+        if num_chunks >= FEWEST_CHUNKS:
+            return ""
+        return (
+            f"each rank of the ring gets {num_chunks} chunks of the documents of a sequence, too few for even work: "
+            f"let training.seq_len / {ring} be a multiple of 16, and parallelism.chunk_size small"
         )
 
     def close(self) -> None:

@@ -39,8 +39,14 @@ from cptrain.train.environment import write_environment
 from cptrain.train.folder import Folders
 from cptrain.train.interruption import Interruption
 from cptrain.train.precision import resolve_precision
-from cptrain.train.report import describe
-from cptrain.train.resume import check_same_data, plain_shape, warn_of_other_shape
+from cptrain.train.report import describe, hyper_parameters
+from cptrain.train.resume import (
+    check_same_data,
+    plain_schedule,
+    plain_shape,
+    warn_of_other_schedule,
+    warn_of_other_shape,
+)
 from cptrain.train.settings import TrainSettings
 from cptrain.train.stage import Plan, Stage
 from cptrain.train.startup import StartupCheck
@@ -111,6 +117,7 @@ class Trainer:
                 total_steps=settings.training.steps,
                 resumed_step=self.step,
                 toml=self.toml,
+                hyper_parameters=hyper_parameters(self.stage.settings, self.stage.meshes.degrees, self.shape),
             )
             if self.rank == 0:
                 self._introduce()
@@ -131,20 +138,22 @@ class Trainer:
             ) as profiler,
         ):
             if settings.validation.enable and self.step == 0:
-                self.metrics.validation(0, self.validate())
+                stopped_by = self._measure(interruption)
             while self.step < settings.training.steps and not stopped_by:
                 self._enter_stage(settings.stage_of(self.step + 1))
                 self.train_step()
                 stopped_by = self._signal_on_any_rank(interruption.requested)
                 profiler.step()
                 finished = self.step == settings.training.steps
-                if self.checkpointer.due(self.step) or finished or stopped_by:
+                saved = self.checkpointer.due(self.step) or finished or bool(stopped_by)
+                if saved:
                     self.save()
-                # Who sends a signal may not wait for long: the state is on disk by now, and held-out text is left out.
-                if settings.validation.enable and (
-                    finished or (self.step % settings.validation.freq == 0 and not stopped_by)
-                ):
-                    self.metrics.validation(self.step, self.validate())
+                # Who sends a signal may not wait for long: held-out text is left out, or the rest of it.
+                measures = settings.validation.enable and (finished or self.step % settings.validation.freq == 0)
+                if measures and not stopped_by:
+                    stopped_by = self._measure(interruption)
+                    if stopped_by and not saved:
+                        self.save()
                 if self.step % settings.training.gc_freq == 0:
                     gc.collect()
                 if self.step == first_step:
@@ -199,16 +208,23 @@ class Trainer:
                 tokens_seen=self.tokens_seen,
                 step_time_s=time.perf_counter() - start,
                 data_time_s=data_time_s,
-                flops=training_flops(self.shape, tokens=self.stage.tokens_per_step, pairs=counts.pairs),
+                flops=training_flops(
+                    self.shape, tokens=self.stage.tokens_per_step - counts.padding, pairs=counts.pairs
+                ),
                 extra=counts.curves(self.stage.tokens_per_step),
             )
         )
 
     @torch.no_grad()
-    def validate(self) -> float:
-        """Mean loss over the held-out windows, the same ones whatever the mesh. Touches neither data order nor RNG."""
+    def validate(self, interruption: Interruption) -> float | None:
+        """Mean loss over the held-out windows, the same ones whatever the mesh; None where a signal cuts it short.
+
+        Touches neither data order nor RNG.
+        """
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for batch in self.stage.held_out_batches():
+        for batch in self.stage.held_out_batches():  # as many on all ranks, so that all ask alike
+            if self._signal_on_any_rank(interruption.requested):
+                return None
             shard = self.shard(batch)
             head = partial(cross_entropy_sum, labels=shard.labels)
             with shard.documents_entered():
@@ -236,6 +252,7 @@ class Trainer:
             "tokens_seen": self.tokens_seen,
             "data": self.stage.windows.identity(),
             "model": plain_shape(self.shape),
+            "schedule": plain_schedule(self.settings, self.step),
             "world_size": self.world_size,
         }
         self.checkpointer.save(self.step, self._state(), train_state, self.toml)
@@ -254,6 +271,13 @@ class Trainer:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _measure(self, interruption: Interruption) -> str:
+        """Validate and record it, unless a signal comes first; returns the signal's name, or ""."""
+        loss = self.validate(interruption)
+        if loss is not None:
+            self.metrics.validation(self.step, loss)
+        return self._signal_on_any_rank(interruption.requested)
+
     def _state(self) -> dict[str, Any]:
         return {**training_state(self.model, self.optimizer), rng.SECTION: rng.capture(self.rank)}
 
@@ -266,6 +290,11 @@ class Trainer:
         self.stage = self._make_stage()
         if self.rank == 0:
             logger.info(f"stage {index + 1} from step {self.step + 1}: {self.stage.summary()}")
+            self._warn()
+
+    def _warn(self) -> None:
+        if warning := self.stage.warning():
+            logger.warning(warning)
 
     def _make_stage(self) -> Stage:
         """The stage of `stage_index`, for which the model is switched over and checked."""
@@ -287,6 +316,7 @@ class Trainer:
         self.step, self.tokens_seen = found["step"], found["tokens_seen"]
         if self.rank == 0:
             warn_of_other_shape(plain_shape(self.shape), found.get("model", {}))
+            warn_of_other_schedule(plain_schedule(self.settings, self.step), found.get("schedule", {}))
         return found["data"]
 
     def _open_texts(self) -> Texts:
@@ -297,7 +327,8 @@ class Trainer:
         self, valid_here: torch.Tensor | int, batches: list[dict[str, torch.Tensor]], shards: list[Shard]
     ) -> tuple[int, Counts]:
         """Valid tokens (at least 1) and other counts of the step over all ranks, in one reduction."""
-        here = [Counts.of(batch, self.shape, shard.packed) for batch, shard in zip(batches, shards, strict=True)]
+        dtype = self.precision.param
+        here = [Counts.of(batch, self.shape, shard.packed, dtype) for batch, shard in zip(batches, shards, strict=True)]
         numbers = torch.tensor([0, *Counts.total(here).to_list()]).to(self.device)
         numbers[0] += valid_here
         valid, *others = self._sum_over_ranks(numbers).tolist()
@@ -327,14 +358,14 @@ class Trainer:
             self.stage.settings, self.stage.meshes.degrees, self.shape, context_modules=self.parallel.context_modules
         ).splitlines():
             logger.info(line)
-        kernel = choose_kernel(
+        self._warn()
+        choose_kernel(  # which logs its choice
             self.device.type,
             self.precision.param,
             key_dim=self.shape.head_dim,
             packed=self.settings.data.document_mask,
             name=self.settings.parallelism.attention_kernel,
         )
-        logger.info(f"attention kernel  {kernel.name}, {self.precision.param}")
 
 
 @contextmanager
