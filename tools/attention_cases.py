@@ -6,14 +6,17 @@ import math
 from dataclasses import dataclass
 
 import torch
+from kernel_calls import Place, exchange_pieces, ring_pieces
 from torch.distributed.device_mesh import init_device_mesh
 
 from cptrain.context_parallel import ContextParallel
+from cptrain.context_parallel.attention import sends_needed_only
+from cptrain.context_parallel.kernels import choose_kernel
 from cptrain.context_parallel.layout import make_layout
 from cptrain.context_parallel.mask import Mask
-from cptrain.context_parallel.schedule import shard_blocks
+from cptrain.context_parallel.schedule import shard_blocks, whole_blocks
 from cptrain.context_parallel.traffic import Call, attention_traffic, num_bytes
-from cptrain.distributed.settings import divisors, valid_ulysses_degrees
+from cptrain.distributed.divide import divisors, valid_ulysses_degrees
 
 METHODS = ("ring", "ulysses", "hybrid", "all_gather", "double_ring")
 DTYPES = {
@@ -119,9 +122,37 @@ class Variant:
         )
         return pairs * problem.heads // ulysses
 
-    def slowest_rank(self, problem: Problem) -> int:
-        """The rank with the most work; the last of them, which is the one with the most hops that compute."""
-        return max(range(self.ranks), key=lambda rank: (self.work(problem, rank), rank))
+    def num_calls(self, problem: Problem, rank: int, place: Place) -> int:
+        """Kernel calls that the rank makes forward, for each piece of its heads that keys come in."""
+        ring, ulysses, inner = self.degrees(problem)
+        layout, mask = make_layout(self.layout, ring, problem.seq_len), problem.description
+        if ring == 1 or self.method == "all_gather":
+            pieces = [whole_blocks(layout, mask, rank // ulysses)]
+        elif sends_needed_only(layout, mask):
+            pieces = exchange_pieces(layout, mask, rank // ulysses, place)
+        else:
+            pieces = ring_pieces(layout, mask, rank // ulysses, place, inner)
+        return place.num_calls(pieces)
+
+    def slowest_rank(self, problem: Problem, device_type: str, kernel: str = "auto") -> int:
+        """The rank with the most work; of several the one with the most kernel calls, and of these the last.
+
+        The last one has the most hops that compute.
+        """
+        chosen = choose_kernel(device_type, DTYPES[problem.dtype], key_dim=problem.dim, name=kernel)
+        _, ulysses, _ = self.degrees(problem)
+        place = Place(
+            device=device_type,
+            kernel=chosen,
+            dtype=DTYPES[problem.dtype],
+            heads_per_key=problem.heads // max(problem.kv_heads, ulysses),
+            batch=problem.batch,
+        )
+
+        def key(rank: int) -> tuple[int, int, int]:
+            return self.work(problem, rank), self.num_calls(problem, rank, place), rank
+
+        return max(range(self.ranks), key=key)
 
 
 def _proper(wanted: int, allowed: list[int], ranks: int) -> int:

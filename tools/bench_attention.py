@@ -88,7 +88,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="per rank")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--simulate-ranks", type=int, default=0, help="run one rank of so many, alone on this device")
-    parser.add_argument("--rank", default="slowest", help="simulated: slowest (most pairs), all in turn, or a number")
+    parser.add_argument(
+        "--rank", default="slowest", help="simulated: slowest (most pairs, then calls), all, or a number"
+    )
     parser.add_argument("--bandwidth", type=float, default=0.0, help="simulated: GB/s of the link; 0 = as copies are")
     parser.add_argument("--memory", action="store_true", help="transient memory at a fixed number of tokens per rank")
     parser.add_argument("--tokens-per-rank", type=int, default=2048)
@@ -185,12 +187,13 @@ def simulated_rows(arguments: argparse.Namespace, jobs: Jobs) -> Iterator[list[R
     device, size = device_of(arguments, 0), arguments.simulate_ranks
     for problem, methods in jobs:
         rows = []
+        slowest = {v: v.slowest_rank(problem, device.type, arguments.kernel) for v in methods}
         for rank in range(size):
             chosen = [
                 variant
                 for variant in methods
                 if arguments.rank == "all"
-                or rank == (variant.slowest_rank(problem) if arguments.rank == "slowest" else int(arguments.rank))
+                or rank == (slowest[variant] if arguments.rank == "slowest" else int(arguments.rank))
             ]
             if chosen:
                 with simulated_ranks(rank, size, device, bandwidth=arguments.bandwidth * 1e9):

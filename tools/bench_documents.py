@@ -1,9 +1,9 @@
 """Packed documents over ranks: how even the work is, how many keys travel, and what attention takes, by layout.
 
 --plan is arithmetic, without processes: over many packs, the largest work of a rank over the mean ("imbalance"), keys
-that travel as a share of what a full ring moves ("moved"), kernel launches of a forward pass on the rank with most
-(median of four packs), and for "balanced" what a batch takes on the host: dealing and encoding ("planning"), and the
-blocks of one rank ("schedule").
+that travel as a share of what a full ring moves ("moved"), kernel calls of a forward pass on the rank with most (median
+of four packs; on --device, by default cuda, where links are fast), and for "balanced" what a batch takes on the host:
+dealing and encoding ("planning"), and the blocks of one rank ("schedule").
 --time runs one pack of each set forward and backward in every layout, a process per rank. The bound is the kernel of
 one device over every document in turn, divided by the ranks. Layouts take turns; "over bound" is the median over
 rounds of time / bound, both of the same round. Where there are a core per rank and thread, time is the wall clock
@@ -43,16 +43,19 @@ from documents_cases import (
     documents_of,
     make_cut,
     median_pack,
-    rank_blocks,
+    place_of,
+    rank_pieces,
 )
 from documents_clock import CAUSAL_RING, SINGLE, Case, case_times
 from documents_report import PLAN_HEADER, TIME_HEADER, Planned, Timed, combine, write_csv
+from kernel_calls import Place
 
 from cptrain.context_parallel.carrier import cached_shard_blocks
 from cptrain.context_parallel.hops import groups_of
 from cptrain.context_parallel.packing import Packing
 
-KERNEL_PACKS = 4  # of which --plan counts the kernels
+CALL_PACKS = 4  # of which --plan counts the kernel calls
+DEFAULT_DTYPES = {"cpu": "fp32", "cuda": "bf16"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -61,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     both = not (arguments.plan or arguments.time)
     found: list[Planned | Timed] = []
     if arguments.plan or both:
-        print(f"Layouts over {arguments.packs} packs (bench_documents.py --plan)\n\n{PLAN_HEADER}")
+        print(f"{plan_conditions(arguments)}\n\n{PLAN_HEADER}")
         for planned in plans(arguments):
             print(planned.line(), flush=True)
             found.append(planned)
@@ -95,9 +98,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--causal-up-to", type=int, default=16384, help=f"tokens; above, {CAUSAL_RING} is left out")
     parser.add_argument("--heads", type=pair, default=(8, 8), help="query:kv heads")
     parser.add_argument("--dim", type=int, default=64, help="of one head")
-    parser.add_argument("--dtype", default="fp32", choices=tuple(DTYPES))
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="by default fp32 on cpu, bf16 on cuda")
     parser.add_argument("--kernel", default="auto", help="see cptrain.context_parallel.kernels.KERNELS")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="cuda only with --simulate")
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        help="by default cuda for --plan, cpu for --time, which needs --simulate for cuda",
+    )
     parser.add_argument("--threads", type=int, default=1, help="per rank")
     parser.add_argument("--out", default="outputs/bench", help="folder of documents.csv")
     arguments = parser.parse_args(argv)
@@ -112,11 +119,39 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for length, ranks in pairs:
         if ranks < 2 or length % (2 * ranks):
             parser.error(f"{length} tokens on {ranks} ranks: needs two ranks at least and a multiple of 2 x ranks")
-    if arguments.device == "cuda" and not arguments.simulate:
+    arguments.plan_device, arguments.device = arguments.device or "cuda", arguments.device or "cpu"
+    arguments.plan_dtype = arguments.dtype or DEFAULT_DTYPES[arguments.plan_device]
+    arguments.dtype = arguments.dtype or DEFAULT_DTYPES[arguments.device]
+    if arguments.plan or not arguments.time:
+        try:
+            plan_place(arguments)
+        except NotImplementedError as error:
+            parser.error(f"--plan: {error}")
+    if arguments.device == "cuda" and not arguments.simulate and (arguments.time or not arguments.plan):
         parser.error("--device cuda: one device runs one rank at a time; add --simulate")
     if arguments.rounds < 1 or arguments.packs < 1:
         parser.error("--rounds and --packs must be at least 1")
     return arguments
+
+
+def plan_place(arguments: argparse.Namespace) -> Place:
+    """What the kernel calls of --plan are counted for."""
+    heads, kv_heads = arguments.heads
+    return place_of(
+        *(arguments.plan_device, arguments.plan_dtype),
+        heads=heads,
+        kv_heads=kv_heads,
+        dim=arguments.dim,
+        name=arguments.kernel,
+    )
+
+
+def plan_conditions(arguments: argparse.Namespace) -> str:
+    place, (heads, kv_heads) = plan_place(arguments), arguments.heads
+    return (
+        f"Layouts over {arguments.packs} packs (bench_documents.py --plan); kernel calls of a forward pass by "
+        f"{place.kernel.name} on {place.device}, {heads}:{kv_heads} heads of {arguments.dim}, {arguments.plan_dtype}"
+    )
 
 
 def conditions(arguments: argparse.Namespace) -> str:
@@ -136,25 +171,26 @@ def conditions(arguments: argparse.Namespace) -> str:
 
 def plans(arguments: argparse.Namespace) -> Iterator[Planned]:
     """Every line of the first table."""
+    place = plan_place(arguments)
     for seq_len, ranks in arguments.sizes:
         for name in arguments.sets:
             packs = [SETS[name](seq_len, number) for number in range(arguments.packs)]
             for layout in LAYOUTS:
                 host: dict[str, list[float]] = {"planning_ms": [], "schedule_ms": []}
-                cuts, kernels = [], []
+                cuts, calls = [], []
                 if layout == "balanced":
                     balanced_packing(documents_of(packs[0]), ranks)  # the first call is not timed
                 for lengths in packs:
                     if layout == "balanced":
-                        cut, planning_ms, schedule_ms = planned_cut(lengths, ranks)
+                        cut, planning_ms, schedule_ms = planned_cut(lengths, ranks, place)
                         host["planning_ms"].append(planning_ms)
                         host["schedule_ms"].append(schedule_ms)
                     else:
                         cut = make_cut(layout, lengths, ranks)
                     cuts.append((cut.imbalance, cut.moved_share))
                     # Per-document zigzag has ten thousand of them at 1M tokens, which take a second to count.
-                    if len(kernels) < KERNEL_PACKS:
-                        kernels.append(cut.num_blocks())
+                    if len(calls) < CALL_PACKS:
+                        calls.append(cut.num_calls(place))
                 uneven, moved = zip(*cuts, strict=True)
                 timings = {key: statistics.median(values) for key, values in host.items() if values}
                 timings |= {f"{key}_max": max(values) for key, values in host.items() if values}
@@ -168,27 +204,29 @@ def plans(arguments: argparse.Namespace) -> Iterator[Planned]:
                     imbalance_max=max(uneven),
                     moved_share=statistics.mean(moved),
                     moved_share_max=max(moved),
-                    kernels=round(statistics.median(kernels)),
+                    device=place.device,
+                    kernel=place.kernel.name,
+                    calls=round(statistics.median(calls)),
                     **timings,  # type: ignore[arg-type]
                 )
 
 
-def planned_cut(lengths: list[int], ranks: int) -> tuple[Cut, float, float]:
+def planned_cut(lengths: list[int], ranks: int, place: Place) -> tuple[Cut, float, float]:
     """The balanced cut, milliseconds that it took to plan and encode, and those of one rank's schedule."""
     start = time.perf_counter()
     documents = documents_of(lengths)
     packing = balanced_packing(documents, ranks)
     packing.encode()
     planned = time.perf_counter()
-    schedule(packing)
+    schedule(packing, place)
     return cut_of(documents, packing.layout), 1e3 * (planned - start), 1e3 * (time.perf_counter() - planned)
 
 
-def schedule(packing: Packing) -> None:
+def schedule(packing: Packing, place: Place) -> None:
     """What a rank works out at its first attention over a batch: the one with the last place, as good as any."""
     for cached in (cached_shard_blocks, groups_of):
         cached.cache_clear()
-    rank_blocks(packing, packing.layout.num_ranks - 1)
+    rank_pieces(packing, packing.layout.num_ranks - 1, place)
 
 
 def cases_of(arguments: argparse.Namespace, ranks: int) -> list[Case]:

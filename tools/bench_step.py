@@ -111,7 +111,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--checkpointing", default="none", choices=("none", "selective", "full"))
     parser.add_argument("--child", default="", help=argparse.SUPPRESS)
     parser.add_argument("--result", default="", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if unknown := [name for name in arguments.cases.split(",") if name not in CASES]:
+        parser.error(f"--cases: {', '.join(unknown)} is not one of {', '.join(CASES)}")
+    return arguments
 
 
 def measure(arguments: argparse.Namespace, name: str) -> tuple[float, float]:

@@ -15,6 +15,8 @@ from itertools import accumulate
 from typing import Literal
 
 import numpy as np
+from attention_cases import DTYPES
+from kernel_calls import Pieces, Place, exchange_pieces, ring_pieces
 
 from cptrain.context_parallel.balance import (
     Part,
@@ -25,12 +27,11 @@ from cptrain.context_parallel.balance import (
     owners_of,
     work_of,
 )
-from cptrain.context_parallel.carrier import cached_shard_blocks
-from cptrain.context_parallel.hops import batches, groups_of, hops_at_once, ring_pace, together
+from cptrain.context_parallel.carrier import accumulator_dtype
+from cptrain.context_parallel.kernels import choose_kernel
 from cptrain.context_parallel.layout import Layout, Span, make_layout
 from cptrain.context_parallel.mask import Documents, num_visible
 from cptrain.context_parallel.packing import Packing, pack
-from cptrain.context_parallel.schedule import Block
 from cptrain.data.corpus import open_corpus
 from cptrain.data.prepare import prepare_corpus
 from cptrain.data.settings import DataConfig, TokenizerConfig
@@ -86,6 +87,16 @@ def median_pack(name: str, seq_len: int, num_packs: int) -> list[int]:
     return packs[(len(packs) - 1) // 2]
 
 
+class _LaidOnce(Layout):
+    """A layout that works out the spans of each rank once: of a million chunks it takes seconds at every hop."""
+
+    def spans(self, rank: int) -> list[Span]:
+        kept: dict[int, list[Span]] = self.__dict__.setdefault("_kept", {})
+        if rank not in kept:
+            kept[rank] = super().spans(rank)
+        return kept[rank]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cut:
     """A pack over ranks: documents of the stream (with padding), where its pieces are, what lies in each, who has it.
@@ -113,10 +124,10 @@ class Cut:
         """Keys that must travel, of those that a full ring moves."""
         return num_moved(self.parts, self.owners) / ((self.num_ranks - 1) * self.num_tokens)
 
-    def num_blocks(self) -> int:
-        """Kernel launches of the rank with most, per layer and forward pass."""
+    def num_calls(self, place: Place) -> int:
+        """Kernel calls of the rank with most, per layer and forward pass."""
         packing = self.packing()
-        return max(len(rank_blocks(packing, rank)) for rank in range(self.num_ranks))
+        return max(place.num_calls(rank_pieces(packing, rank, place)) for rank in range(self.num_ranks))
 
     def packing(self) -> Packing:
         """What attention needs to run in this cut."""
@@ -126,7 +137,7 @@ class Cut:
             for span in spans:
                 first = span.start // size
                 owners[first : first + span.length // size] = [rank] * (span.length // size)
-        return packing_of(self.documents, Layout.of_owners(owners, self.num_ranks, size))
+        return packing_of(self.documents, _LaidOnce.of_owners(owners, self.num_ranks, size))
 
 
 def documents_of(lengths: Sequence[int]) -> Documents:
@@ -137,22 +148,17 @@ def packing_of(documents: Documents, layout: Layout) -> Packing:
     return pack(documents, num_ranks=layout.num_ranks, num_rows=1, chunk_size=layout.chunk_size, layout=layout)
 
 
-def rank_blocks(packing: Packing, rank: int, device_type: str = "cuda", heads_per_key: int = 1) -> list[Block]:
-    """The blocks that a rank computes forward, of its own keys and of those of hops that are computed together.
+def place_of(device: str, dtype: str, *, heads: int, kv_heads: int, dim: int, name: str) -> Place:
+    """What computes attention over packed documents. Raises NotImplementedError where no kernel does."""
+    kernel = choose_kernel(device, DTYPES[dtype], key_dim=dim, packed=True, name=name)
+    return Place(device=device, kernel=kernel, dtype=DTYPES[dtype], heads_per_key=heads // kv_heads)
 
-    As where links are fast. heads_per_key: query heads that share a key head.
-    """
-    layout, mask = packing.layout, packing.mask()
-    ranks = layout.num_ranks
-    found = list(cached_shard_blocks(layout, mask, rank, rank))
-    if packing.exchange_is_cheaper():
-        at_once = hops_at_once(layout, device_type, heads_per_key=heads_per_key, fast=True)
-        for group in groups_of(layout, mask, rank, at_once):
-            found += group.keys.blocks
-    else:
-        for hops in batches(range(ranks), ring_pace(layout, device_type, heads_per_key=heads_per_key, fast=True))[1:]:
-            found += together(layout, mask, rank, tuple((rank - hop) % ranks for hop in hops)).blocks
-    return found
+
+def rank_pieces(packing: Packing, rank: int, place: Place) -> Pieces:
+    """The blocks that a rank computes forward, by piece, on a single ring."""
+    width = accumulator_dtype(place.dtype).itemsize // place.dtype.itemsize
+    pieces = exchange_pieces if packing.exchange_is_cheaper(gradient_width=width) else ring_pieces
+    return pieces(packing.layout, packing.mask(), rank, place)
 
 
 def balanced_packing(documents: Documents, ranks: int) -> Packing:

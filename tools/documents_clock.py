@@ -20,13 +20,13 @@ import torch.distributed as dist
 from attention_cases import DTYPES
 from attention_clock import RUNS_ON_CUDA
 from bench_attention import received
-from documents_cases import LayoutName, documents_of, make_cut, rank_blocks
+from documents_cases import LayoutName, documents_of, make_cut, place_of, rank_pieces
+from kernel_calls import Place, ring_pieces
 from simulated_group import simulated_ranks
 from torch.distributed.device_mesh import init_device_mesh
 
 from cptrain.context_parallel import ContextParallel
-from cptrain.context_parallel.carrier import cached_shard_blocks
-from cptrain.context_parallel.kernels import backward_launch, choose_kernel, forward_launch
+from cptrain.context_parallel.kernels import backward_launch, forward_launch
 from cptrain.context_parallel.launches import Launch
 from cptrain.context_parallel.mask import CAUSAL
 from cptrain.context_parallel.packed_batch import PackedBatch
@@ -67,6 +67,12 @@ class Case:
         """Runs behind one another in one reading of a CUDA device's clock; 0 on CPU."""
         return RUNS_ON_CUDA if self.device == "cuda" else 0
 
+    def place(self) -> Place:
+        """What computes attention over packed documents here."""
+        return place_of(
+            self.device, self.dtype, heads=self.heads, kv_heads=self.kv_heads, dim=self.dim, name=self.kernel
+        )
+
     def tensors(self, tokens: int) -> tuple[torch.Tensor, ...]:
         """Random q, k, v and the gradient of the output, stored [B, T, H, D] as models do."""
         generator = torch.Generator(self.device).manual_seed(tokens)
@@ -96,7 +102,7 @@ class Times:
 
     layout: str
     route: str = ""
-    blocks: int = 0
+    calls: int = 0  # of the kernel, forward
     work: int = 0  # (query, key) pairs
     sent_bytes: int = 0
     clocks: list[Clocks] = field(default_factory=list)
@@ -240,7 +246,7 @@ def single_run(case: Case) -> Callable[[int], None]:
     One after another, or all in one call of a kernel that takes packed segments.
     """
     tensors = case.tensors(case.seq_len)
-    kernel = choose_kernel(case.device, DTYPES[case.dtype], key_dim=case.dim, packed=True, name=case.kernel)
+    kernel = case.place().kernel
     spans = list(documents_of(case.lengths).spans())
     scale = 1 / math.sqrt(case.dim)
     calls = [(slice(start, stop), _triangles([(start, stop)])) for start, stop in spans]
@@ -277,18 +283,18 @@ def some_heads(case: Case, tensors: tuple[torch.Tensor, ...], heads: int) -> tup
 def layout_run(case: Case, layout: str, rank: int) -> tuple[Times, Callable[[int], None]]:
     """What is known of a layout on this rank, and its forward and backward pass."""
     mesh = init_device_mesh(case.device, (case.ranks,), mesh_dim_names=("ring",))
+    place = case.place()
     if layout == CAUSAL_RING:
-        kernel = choose_kernel(case.device, DTYPES[case.dtype], key_dim=case.dim, packed=True, name=case.kernel)
-        plan = ContextParallel(mesh, ulysses=None, kernel=kernel.name)  # the one that packed documents get
-        cut, batch, route = plan.ring_layout(case.seq_len), None, "ring"
-        found = [block for source in range(case.ranks) for block in cached_shard_blocks(cut, CAUSAL, rank, source)]
+        plan = ContextParallel(mesh, ulysses=None, kernel=place.kernel.name)  # the one that packed documents get
+        batch, route = None, "ring"
+        pieces = ring_pieces(plan.ring_layout(case.seq_len), CAUSAL, rank, place)
         tokens = case.seq_len // case.ranks
     else:
         plan = ContextParallel(mesh, ulysses=None, layout="balanced", kernel=case.kernel)
         batch = batch_of(plan, layout, case.lengths)  # type: ignore[arg-type]
-        found = rank_blocks(batch.packing, rank, case.device, heads_per_key=case.heads // case.kv_heads)
+        route = "exchange" if batch.exchanges(0, place.dtype) else "ring"
+        pieces = rank_pieces(batch.packing, rank, place)
         tokens = batch.packing.layout.shard_length
-        route = "exchange" if batch.packing.exchange_is_cheaper() else "ring"
     tensors = case.tensors(tokens)
 
     def run(heads: int) -> None:
@@ -297,7 +303,8 @@ def layout_run(case: Case, layout: str, rank: int) -> tuple[Times, Callable[[int
         with batch or nullcontext():
             torch.autograd.grad(plan.attention(*leaves, is_causal=True), leaves, dout)
 
-    return Times(layout, route, len(found), sum(block.num_pairs for block in found)), run
+    work = sum(block.num_pairs for blocks in pieces for block in blocks)
+    return Times(layout, route, place.num_calls(pieces), work), run
 
 
 def batch_of(plan: ContextParallel, layout: LayoutName, lengths: Sequence[int]) -> PackedBatch:

@@ -13,11 +13,11 @@ from attention_report import size
 from documents_clock import Case, Times
 
 PLAN_HEADER = (
-    "| set | tokens | ranks | layout | imbalance, median | max | moved, mean | kernels per rank and layer "
+    "| set | tokens | ranks | layout | imbalance, median | max | moved, mean | kernel calls per rank and layer "
     "| planning ms, median | max | schedule ms, median | max |\n|---|---|---|---|---|---|---|---|---|---|---|---|"
 )
 TIME_HEADER = (
-    "| set | tokens | documents | ranks | layout | route | imbalance | kernels per rank and layer | sent "
+    "| set | tokens | documents | ranks | layout | route | imbalance | kernel calls per rank and layer | sent "
     "| time | bound | over bound | computing |\n|---|---|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
@@ -35,7 +35,9 @@ class Planned:
     imbalance_max: float
     moved_share: float
     moved_share_max: float
-    kernels: int
+    device: str
+    kernel: str
+    calls: int
     planning_ms: float | str = ""
     planning_ms_max: float | str = ""
     schedule_ms: float | str = ""
@@ -45,7 +47,7 @@ class Planned:
         times = (self.planning_ms, self.planning_ms_max, self.schedule_ms, self.schedule_ms_max)
         cells = (
             *(self.set, f"{self.seq_len:,}", str(self.ranks), self.layout),
-            *(f"{self.imbalance:.3f}", f"{self.imbalance_max:.3f}", f"{self.moved_share:.3f}", str(self.kernels)),
+            *(f"{self.imbalance:.3f}", f"{self.imbalance_max:.3f}", f"{self.moved_share:.3f}", str(self.calls)),
             *(f"{t:.1f}" if isinstance(t, float) else "-" for t in times),
         )
         return f"| {' | '.join(cells)} |"
@@ -69,7 +71,7 @@ class Timed:
     simulated: bool
     route: str
     imbalance: float
-    kernels: int
+    calls: int
     sent_bytes: int
     time_s: float
     bound_s: float
@@ -79,7 +81,7 @@ class Timed:
     def line(self) -> str:
         cells = (
             *(self.set, f"{self.seq_len:,}", str(self.documents), str(self.ranks), self.layout, self.route),
-            *(f"{self.imbalance:.3f}", str(self.kernels), size(self.sent_bytes), f"{self.time_s:.3f} s"),
+            *(f"{self.imbalance:.3f}", str(self.calls), size(self.sent_bytes), f"{self.time_s:.3f} s"),
             *(f"{self.bound_s:.3f} s", f"{self.over_bound:.3f}", f"{self.computing_over_bound:.3f}"),
         )
         return f"| {' | '.join(cells)} |"
@@ -117,7 +119,7 @@ def combine(case: Case, ranks: Sequence[Times], single: Sequence[Times]) -> Time
         simulated=case.simulated,
         route=ranks[0].route,
         imbalance=max(work) * len(work) / sum(work),
-        kernels=max(times.blocks for times in ranks),
+        calls=max(times.calls for times in ranks),
         sent_bytes=max(times.sent_bytes for times in ranks),
         time_s=statistics.median(taken),
         bound_s=statistics.median(bounds),
