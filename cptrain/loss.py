@@ -1,4 +1,4 @@
-"""The training loss: cross entropy of the output projection, summed over valid tokens, never holding all logits.
+"""The loss: cross entropy of the output projection, summed over valid tokens or of each, never holding all logits.
 
 [Note: logits in chunks]
 Logits are the largest tensor of a long-context step (16K tokens of a 128K vocabulary are 8 GiB in fp32). They are made
@@ -9,6 +9,7 @@ Under tensor parallel each rank holds a slice of the vocabulary; two small reduc
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -29,6 +30,23 @@ def cross_entropy_sum(hidden: Tensor, output: nn.Linear, labels: Tensor) -> Tens
     output.weight one cut along the vocabulary; the sum is then the same on every rank of the axis.
     Raises NotImplementedError for an output with a bias, ValueError for a weight or hidden that is cut another way.
     """
+    hidden, weight, first, group = _local(hidden, output)
+    # Asked here, since inside of the function gradients are never enabled.
+    needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    return _CrossEntropySum.apply(hidden.flatten(0, 1), weight, labels.flatten(), first, group, needs_grad)
+
+
+@torch.no_grad()
+def cross_entropy_each(hidden: Tensor, output: nn.Linear, labels: Tensor) -> Tensor:
+    """The terms of `cross_entropy_sum` [B, T], 0 where the label is -100; without gradients."""
+    hidden, weight, first, group = _local(hidden, output)
+    rows, targets = hidden.flatten(0, 1), labels.flatten()
+    losses = [_Chunk(rows[part], weight, targets[part], first, group).losses for part in _parts(rows, weight)]
+    return torch.cat(losses).view(labels.shape)
+
+
+def _local(hidden: Tensor, output: nn.Linear) -> tuple[Tensor, Tensor, int, dist.ProcessGroup | None]:
+    """hidden of all tokens, the rows of the weight that are here, the index of their first, and who has the others."""
     if output.bias is not None:
         raise NotImplementedError("output.bias is not added to the logits here; build the output with bias=False")
     weight, group, first = output.weight, None, 0
@@ -43,9 +61,44 @@ def cross_entropy_sum(hidden: Tensor, output: nn.Linear, labels: Tensor) -> Tens
         # Each rank's slice of the vocabulary gives a part of the gradient of all tokens.
         hidden = hidden.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
         weight = weight.to_local()
-    # Asked here, since inside of the function gradients are never enabled.
-    needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return _CrossEntropySum.apply(hidden.flatten(0, 1), weight, labels.flatten(), first, group, needs_grad)
+    return hidden, weight, first, group
+
+
+def _parts(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
+    """The tokens [N, E] in chunks."""
+    step = max(CHUNK_TOKENS, CHUNK_ELEMENTS // weight.size(0))
+    return (slice(start, start + step) for start in range(0, hidden.size(0), step))
+
+
+class _Chunk:
+    """Some tokens: losses [n], and what the gradient of their logits follows from. Holds their logits."""
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, labels: Tensor, first: int, group: dist.ProcessGroup | None
+    ) -> None:
+        self._valid = labels != IGNORED
+        self._exps = F.linear(hidden, weight).to(_wide(hidden))
+        largest = self._exps.amax(-1)
+        if group is not None:
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+        self._here = self._valid & (labels >= first) & (labels < first + weight.size(0))
+        self._column = torch.where(self._here, labels - first, 0).unsqueeze(-1)
+        self._exps -= largest.unsqueeze(-1)
+        targets = self._exps.gather(-1, self._column).squeeze(-1) * self._here
+        sums = torch.stack((targets, self._exps.exp_().sum(-1)))
+        if group is not None:
+            dist.all_reduce(sums, group=group)
+        target, self._denominator = sums
+        self.losses = torch.where(self._valid, self._denominator.log() - target, 0)
+
+    def dlogits(self) -> Tensor:
+        """softmax - one hot, and nothing for ignored tokens; in the memory of the logits."""
+        self._exps *= (self._valid / self._denominator).unsqueeze(-1)
+        return self._exps.scatter_add_(-1, self._column, -self._here.to(self._exps.dtype).unsqueeze(-1))
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 class _CrossEntropySum(torch.autograd.Function):
@@ -61,33 +114,17 @@ class _CrossEntropySum(torch.autograd.Function):
         group: dist.ProcessGroup | None,
         needs_grad: bool,
     ) -> Tensor:
-        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        total = torch.zeros((), dtype=wide, device=hidden.device)
+        total = torch.zeros((), dtype=_wide(hidden), device=hidden.device)
         dhidden = torch.empty_like(hidden) if needs_grad else None
         # Summed over chunks in fp32 whatever the weight's dtype; rounded once, at the end.
-        dweight = torch.zeros_like(weight, dtype=wide) if needs_grad else None
-        step = max(CHUNK_TOKENS, CHUNK_ELEMENTS // weight.size(0))
-        for start in range(0, hidden.size(0), step):
-            h, y = hidden[start : start + step], labels[start : start + step]
-            valid = y != IGNORED
-            logits = F.linear(h, weight).to(wide)
-            largest = logits.amax(-1)
-            if group is not None:
-                dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-            here = valid & (y >= first) & (y < first + weight.size(0))
-            column = torch.where(here, y - first, 0).unsqueeze(-1)
-            logits -= largest.unsqueeze(-1)
-            sums = torch.stack((logits.gather(-1, column).squeeze(-1) * here, logits.exp_().sum(-1)))
-            if group is not None:
-                dist.all_reduce(sums, group=group)
-            target, denominator = sums
-            total += torch.where(valid, denominator.log() - target, 0).sum()
+        dweight = torch.zeros_like(weight, dtype=_wide(hidden)) if needs_grad else None
+        for part in _parts(hidden, weight):
+            h = hidden[part]
+            chunk = _Chunk(h, weight, labels[part], first, group)
+            total += chunk.losses.sum()
             if dhidden is not None and dweight is not None:
-                # d loss / d logits = softmax - one hot, and nothing for ignored tokens.
-                logits *= (valid / denominator).unsqueeze(-1)
-                logits.scatter_add_(-1, column, -here.to(wide).unsqueeze(-1))
-                dlogits = logits.to(h.dtype)
-                torch.mm(dlogits, weight, out=dhidden[start : start + step])
+                dlogits = chunk.dlogits().to(h.dtype)
+                torch.mm(dlogits, weight, out=dhidden[part])
                 if dweight.dtype == h.dtype:
                     dweight.addmm_(dlogits.mT, h)
                 else:

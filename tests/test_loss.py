@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cptrain import loss
-from cptrain.loss import IGNORED, cross_entropy_sum
+from cptrain.loss import IGNORED, cross_entropy_each, cross_entropy_sum
 
 BATCH, LENGTH, DIM, VOCABULARY = 2, 12, 6, 20
 
@@ -55,6 +55,24 @@ def assert_all_match(ours: tuple, theirs: tuple) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_loss_equals_cross_entropy_of_all_logits(dtype):
     assert_all_match(actual(*problem(dtype)), expected(*problem(dtype)))
+
+
+def assert_each_matches(ours: torch.Tensor, hidden: torch.Tensor, output: nn.Linear, labels: torch.Tensor) -> None:
+    logits = F.linear(hidden.double(), output.weight.double()).flatten(0, 1)
+    each = F.cross_entropy(logits, labels.flatten(), reduction="none").view(labels.shape)
+    assert not ours.requires_grad and bool((ours[labels == IGNORED] == 0).all())
+    assert_matches(ours, each.detach().to(ours.dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_loss_of_each_token_equals_cross_entropy(monkeypatch, dtype):
+    monkeypatch.setattr(loss, "CHUNK_TOKENS", 5)
+    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 1)
+    with Shapes() as shapes:
+        ours = cross_entropy_each(*problem(dtype))
+    assert_each_matches(ours, *problem(dtype))
+    of_logits = {shape for shape in shapes.seen if len(shape) == 2 and shape[1] == VOCABULARY and shape[0] != DIM}
+    assert max(of_logits) == (5, VOCABULARY)
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 12, 23, 24, 25])
@@ -169,6 +187,8 @@ def check_tensor_parallel(rank: int, world: int) -> None:
         assert ours[1].placements == (Shard(1),)
         assert ours[2].placements == (Shard(0),)
         assert_all_match((ours[0], ours[1].full_tensor(), ours[2].full_tensor()), theirs)
+        each = cross_entropy_each(*distributed_problem(mesh, vocabulary))
+        assert_each_matches(each, *problem(vocabulary=vocabulary))
 
 
 @pytest.mark.parametrize("world", [2, 4])

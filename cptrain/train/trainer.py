@@ -25,7 +25,7 @@ from cptrain.context_parallel.kernels import choose_kernel
 from cptrain.data.tokenizer import build_tokenizer
 from cptrain.distributed.mesh import build_meshes
 from cptrain.distributed.process_group import first_rank_result, set_timeouts
-from cptrain.loss import IGNORED, cross_entropy_sum
+from cptrain.loss import IGNORED, cross_entropy_each, cross_entropy_sum
 from cptrain.metrics.flops import training_flops
 from cptrain.metrics.logger import Metrics
 from cptrain.metrics.profiler import profiling
@@ -38,6 +38,7 @@ from cptrain.train.batch import PACKING, Counts, Shard
 from cptrain.train.environment import write_environment
 from cptrain.train.folder import Folders
 from cptrain.train.interruption import Interruption
+from cptrain.train.positions import curves, sums_by_range
 from cptrain.train.precision import resolve_precision
 from cptrain.train.report import describe, hyper_parameters
 from cptrain.train.resume import (
@@ -216,22 +217,23 @@ class Trainer:
         )
 
     @torch.no_grad()
-    def validate(self, interruption: Interruption) -> float | None:
-        """Mean loss over the held-out windows, the same ones whatever the mesh; None where a signal cuts it short.
+    def validate(self, interruption: Interruption) -> tuple[float, dict[str, float]] | None:
+        """Mean loss over the held-out windows, the same ones whatever the mesh, and by position, by tag.
 
-        Touches neither data order nor RNG.
+        None where a signal cuts it short. Touches neither data order nor RNG.
         """
-        totals = torch.zeros(2, dtype=torch.float64, device=self.device)
+        length = self.stage.settings.training.seq_len
+        totals: torch.Tensor | float = 0.0
         for batch in self.stage.held_out_batches():  # as many on all ranks, so that all ask alike
             if self._signal_on_any_rank(interruption.requested):
                 return None
             shard = self.shard(batch)
-            head = partial(cross_entropy_sum, labels=shard.labels)
+            head = partial(cross_entropy_each, labels=shard.labels)
             with shard.documents_entered():
-                totals[0] += self.model(shard.tokens, shard.positions, head=head)
-            totals[1] += (shard.labels != IGNORED).sum()
-        total, count = self.stage.meshes.sum_over_batch(totals).tolist()
-        return total / max(count, 1)
+                losses = self.model(shard.tokens, shard.positions, head=head)
+            totals = totals + sums_by_range(losses, shard.labels != IGNORED, shard.positions, length)
+        losses, counts = self.stage.meshes.sum_over_batch(torch.as_tensor(totals)).tolist()
+        return sum(losses) / max(sum(counts), 1), curves((losses, counts), length)
 
     def shard(self, batch: dict[str, torch.Tensor]) -> Shard:
         """This rank's part of a batch of whole windows [B, S], as DTensors cut along S and taken locally."""
@@ -273,9 +275,9 @@ class Trainer:
 
     def _measure(self, interruption: Interruption) -> str:
         """Validate and record it, unless a signal comes first; returns the signal's name, or ""."""
-        loss = self.validate(interruption)
-        if loss is not None:
-            self.metrics.validation(self.step, loss)
+        measured = self.validate(interruption)
+        if measured is not None:
+            self.metrics.validation(self.step, *measured)
         return self._signal_on_any_rank(interruption.requested)
 
     def _state(self) -> dict[str, Any]:
