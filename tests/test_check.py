@@ -343,7 +343,7 @@ def lines_of(rank: int, world: int) -> dict[str, list[str]]:
         "double": methods_by_layer(make_plan(ring=4, ring_inner_degree=2), shape, 64),
         "packed": methods_by_layer(make_plan("balanced", ring=4, ring_inner_degree=2), shape, 64),
         "packed, ulysses": methods_by_layer(make_plan("balanced", ulysses=4), plain, 64),
-        "packed, all-gather": methods_by_layer(make_plan("balanced", ring=4, method="all_gather"), plain, 64),
+        "packed, all-gather": methods_by_layer(make_plan("balanced", ring=4, method="all_gather"), shape, 64),
     }
 
 
@@ -362,7 +362,11 @@ def test_check_says_how_each_layer_computes_attention(pool):
         ],
         "packed, ulysses": ["layers 0-3: causal in documents, all-to-all over 4 ranks"],
         "packed, all-gather": [
-            "layers 0-3: causal in documents, keys gathered over 4 ranks one head at a time, balanced"
+            f"layers {layers} in documents, keys gathered over 4 ranks one head at a time{straight}, balanced"
+            for layers, straight in (
+                ("0, 2, 4, 6, ..., 12: window 8", " or needed keys straight from their owners, by the batch"),
+                ("1, 3, 5, 7, ..., 13: causal", ""),
+            )
         ],
     }
 

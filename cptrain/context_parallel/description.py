@@ -72,8 +72,8 @@ def carried(plan: ContextParallel, mask: Mask, seq_len: int | None) -> str:
             how = f"keys gathered over {ring} ranks one head at a time"
         else:
             how = f"ring of {ring}{inner}"
-            if balanced:
-                how = f"{how} or {straight}, by the batch"
+        if balanced and (plan.method != "all_gather" or mask.window):
+            how = f"{how} or {straight}, by the batch"
         parts.append(f"{how}, {plan.layout}")
     return " and ".join(parts) or "whole sequences on each rank"
 
