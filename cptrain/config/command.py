@@ -11,8 +11,9 @@ from typing import Generic, Literal, TextIO, TypeVar
 
 from cptrain.config.binding import bind
 from cptrain.config.document import dump
-from cptrain.config.error import ConfigError, is_first_on_host, render
+from cptrain.config.error import ConfigError, render
 from cptrain.config.help import help_text
+from cptrain.config.launcher import announced_ranks, is_first_on_host
 from cptrain.config.overrides import Flag, cut
 from cptrain.config.preset import find, listing, offer, presets_folder
 from cptrain.config.values import from_text
@@ -128,13 +129,11 @@ def _files(names: Sequence[str], folder: Path) -> tuple[list[Path], list[str]]:
 
 def _world_size(flag: Flag | None, environ: Mapping[str, str], *, runs: bool) -> tuple[int | None, list[str]]:
     """The number of ranks, None where nothing tells it or something is wrong with it, and what that is."""
-    where, text = "WORLD_SIZE", environ.get("WORLD_SIZE")
-    if not text and environ.get("SLURM_PROCID"):  # else a shell of salloc, which is no rank
-        where, text = "SLURM_NTASKS", environ.get("SLURM_NTASKS")
+    where, text = announced_ranks(environ)
     if flag is None and not text:
         return None, []
     started = from_text(text or "1", int)
-    where, text = (flag.written, " ".join(flag.texts)) if flag else (where, text or "")
+    where, text = (flag.written, " ".join(flag.texts)) if flag else (where, text)
     size = from_text(text, int)
     if not (isinstance(size, int) and size > 0):
         return None, [render(where, "must be an integer of at least 1", value=size)]

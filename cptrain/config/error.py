@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import NoReturn, TextIO
 
+from cptrain.config.launcher import is_first_on_host
 from cptrain.config.values import toml_text
 
 _LONGEST_VALUE = 60  # characters
@@ -31,11 +32,6 @@ def render(key: str, rule: str, fix: str = "", *, value: object = None, where: s
     if len(text) > _LONGEST_VALUE:
         text = text[: _LONGEST_VALUE - 3] + "..."
     return key + (f" = {text}" if text else "") + (f" ({where})" if where else "") + f": {rule}" + (fix and f"; {fix}")
-
-
-def is_first_on_host(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process speaks for its host: local rank 0 under torchrun or srun, and any process without either."""
-    return environ.get("LOCAL_RANK", environ.get("SLURM_LOCALID", "0")) == "0"
 
 
 def fail(

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 
+from cptrain.config.launcher import announced_ranks
 from cptrain.distributed.settings import CommConfig
 
 Result = TypeVar("Result")
@@ -25,12 +26,11 @@ def rank_from_environment() -> tuple[int, int]:
 
     RuntimeError where a launcher leaves out what ranks find each other by.
     """
-    name, rank = "WORLD_SIZE", os.environ.get("RANK") or os.environ.get("SLURM_PROCID")
-    if not os.environ.get(name) and os.environ.get("SLURM_PROCID"):  # else a shell of salloc, which is no rank
-        name = "SLURM_NTASKS"
-    world_size = int(os.environ.get(name) or 1)
+    name, text = announced_ranks()
+    world_size = int(text or 1)
     if world_size == 1:
         return 0, 1
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID")
     found = {"RANK": rank, **{key: os.environ.get(key) for key in ("MASTER_ADDR", "MASTER_PORT")}}
     if missing := [key for key, value in found.items() if not value]:
         raise RuntimeError(

@@ -38,7 +38,7 @@ from cptrain.train.batch import PACKING, Counts, Shard
 from cptrain.train.environment import write_environment
 from cptrain.train.folder import Folders
 from cptrain.train.interruption import Interruption
-from cptrain.train.positions import curves, sums_by_range
+from cptrain.train.positions import curves, ranges, sums_by_range
 from cptrain.train.precision import resolve_precision
 from cptrain.train.report import describe, hyper_parameters
 from cptrain.train.resume import (
@@ -223,7 +223,7 @@ class Trainer:
         None where a signal cuts it short. Touches neither data order nor RNG.
         """
         length = self.stage.settings.training.seq_len
-        totals: torch.Tensor | float = 0.0
+        totals = torch.zeros(2, len(ranges(length)), dtype=torch.float64, device=self.device)
         for batch in self.stage.held_out_batches():  # as many on all ranks, so that all ask alike
             if self._signal_on_any_rank(interruption.requested):
                 return None
@@ -231,8 +231,8 @@ class Trainer:
             head = partial(cross_entropy_each, labels=shard.labels)
             with shard.documents_entered():
                 losses = self.model(shard.tokens, shard.positions, head=head)
-            totals = totals + sums_by_range(losses, shard.labels != IGNORED, shard.positions, length)
-        losses, counts = self.stage.meshes.sum_over_batch(torch.as_tensor(totals)).tolist()
+            totals += sums_by_range(losses, shard.labels != IGNORED, shard.positions, length)
+        losses, counts = self.stage.meshes.sum_over_batch(totals).tolist()
         return sum(losses) / max(sum(counts), 1), curves((losses, counts), length)
 
     def shard(self, batch: dict[str, torch.Tensor]) -> Shard:

@@ -1,0 +1,19 @@
+"""What a launcher tells the processes it starts, by environment variables."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+
+def is_first_on_host(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process speaks for its host: local rank 0 under torchrun or srun, and any process without either."""
+    return environ.get("LOCAL_RANK", environ.get("SLURM_LOCALID", "0")) == "0"
+
+
+def announced_ranks(environ: Mapping[str, str] = os.environ) -> tuple[str, str]:
+    """The variable that holds how many ranks torchrun, or srun without it, started, and its text; "" without either."""
+    name = "WORLD_SIZE"
+    if not environ.get(name) and environ.get("SLURM_PROCID"):  # else a shell of salloc, which is no rank
+        name = "SLURM_NTASKS"
+    return name, environ.get(name, "")
