@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from runs import small_settings, train, write_text
 
 from cptrain.train import positions
 from cptrain.train.positions import curves, ranges, sums_by_range
+from cptrain.train.stage import Stage
 
 
 @pytest.mark.parametrize(
@@ -62,3 +64,14 @@ def test_positions_of_held_out_text_are_the_same_on_any_mesh_and_add_up(pool, tm
         assert all(abs(record[tag] - other[tag]) < 1e-10 for tag in tags)
         values = [record[tag] for tag in tags]
         assert min(values) < record["loss"] < max(values) and len(set(values)) == 3
+
+
+def validated_without_batches(rank: int, world: int, folder, text: str) -> list[dict]:
+    with mock.patch.object(Stage, "held_out_batches", lambda self: iter(())):
+        return validated(rank, world, folder, text)
+
+
+def test_positions_without_held_out_batches_are_none(pool, tmp_path):
+    records = pool.run(1, validated_without_batches, tmp_path, write_text(tmp_path))[0]
+    assert records and all(record["loss"] == 0 for record in records)
+    assert not [key for record in records for key in record if key.startswith("long_context/")]
