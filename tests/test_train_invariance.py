@@ -30,7 +30,7 @@ def train_each(rank: int, world: int, variants: list[TrainSettings]) -> list[Out
 
 
 def variants(folder: Path, text: str, degrees: dict[str, int], world: int) -> dict[str, TrainSettings]:
-    """All six on up to four ranks, one of them with plain causal attention: another one for every factorisation.
+    """All six, one of them with plain causal attention: another one for every factorisation.
 
     The first alone measures the held-out loss, which neither recomputation nor accumulation has a part in.
     """
@@ -39,8 +39,6 @@ def variants(folder: Path, text: str, degrees: dict[str, int], world: int) -> di
     cases = list(itertools.product(MODES, ACCUMULATION))
     # FSDP alone knows nothing of masks.
     causal = cases[[other for _, other in FACTORISATIONS.values()].index(degrees) % 6] if context > 1 else None
-    if world == 8:
-        cases, causal = [("full", 2)], None
     return {
         f"{MASK[case != causal]}, checkpointing {mode}, accumulation {accumulation}": small_settings(
             folder / f"{mode}-{accumulation}",
