@@ -66,9 +66,9 @@ def test_context_parallel_leaves_axes_of_none_and_of_one_rank_unused(pool):
     for found in pool.run(2, degrees_and_messages):
         assert found == {
             "ring alone": (2, 1, 2, "ring", 1),
-            "ulysses alone": (1, 2, 2, "ulysses", 4),
+            "ulysses alone": (1, 2, 2, "ulysses", 2),
             "neither": (1, 1, 1, "auto", 0),
-            "ring of one": (1, 2, 2, "ulysses", 4),
+            "ring of one": (1, 2, 2, "ulysses", 2),
             "ulysses of one": (2, 1, 2, "ring", 1),
         }
 
@@ -283,8 +283,8 @@ def test_plan_describes_its_modules_messages_and_buffers(pool):
     assert lines[0] == "hybrid (ring 2 x ulysses 2, zigzag, 1 hops)"
     assert lines[1].startswith("2 modules, layers.0.attention .. layers.1.attention: no window, all-to-all over 2")
     # a ring rank holds 2048 tokens of 1 kv head (of 2, over Ulysses 2) of 64 + 64 elements of 2 bytes: 512 KiB
-    # all-to-all: a rank's 1024 tokens of 8 query heads of 64 elements, half of which go: 512 KiB; of 2 kv heads 128 KiB
-    sent = "2 x 512 KiB (all_to_all), 2 x 128 KiB (all_to_all)"
+    # all-to-all: half of a rank's 1024 tokens of 8 query and 2 + 2 kv heads of 64 elements together, and of the result
+    sent = "1 x 768 KiB (all_to_all), 1 x 512 KiB (all_to_all)"
     assert lines[2] == f"  forward sends {sent}, 1 x 512 KiB (send)"
     assert lines[3] == f"  backward sends {sent}, 1 x 1 MiB (send)"
     # 1024 tokens of 8 query heads, of 2 kv heads each for keys and for values

@@ -163,10 +163,16 @@ def test_distributed_messages_may_send_on_what_is_still_under_way(pool):
         assert found == [(rank - hop) % 4 for hop in (1, 2, 3)]
 
 
-def collect(rank: int, world: int) -> tuple[list, list, list, list[Message]]:
+def collect(rank: int, world: int) -> tuple[dict, list, list, list[Message]]:
     name = dist.new_group(list(range(world))).group_name
     with recorded_messages() as messages:
-        exchanged = all_to_all(name, torch.arange(world)[:, None] + 10 * rank)
+        others = [(rank + step) % world for step in range(1, world)]
+        received = {source: torch.empty(2) for source in others}
+        works = all_to_all(
+            name, [Pair(to, (torch.full((2,), 10.0 * rank + to),), to, (received[to],)) for to in others]
+        )
+        for sent in works:
+            sent.wait()
         gathering = Gathering(name)
         gathered, work = gathering.post(torch.full((2,), rank))
         work.wait()
@@ -174,13 +180,12 @@ def collect(rank: int, world: int) -> tuple[list, list, list, list[Message]]:
         assert nothing is None
         assert torch.equal(waited, gathered)
         summed = gathering.reduce_scatter(torch.arange(world * 2.0).view(world, 2) * (rank + 1))
-    all_to_all(name, torch.zeros(world, 1))
-    return exchanged.flatten().tolist(), gathered.tolist(), summed.tolist(), messages
+    return {source: x.tolist() for source, x in received.items()}, gathered.tolist(), summed.tolist(), messages
 
 
 def test_distributed_collectives_bring_every_rank_its_part_and_record_the_bytes_that_left(pool):
     for rank, (exchanged, gathered, summed, messages) in enumerate(pool.run(3, collect)):
-        assert exchanged == [rank, rank + 10, rank + 20]
+        assert exchanged == {source: [10 * source + rank] * 2 for source in range(3) if source != rank}
         assert gathered == [[0, 0], [1, 1], [2, 2]]
         assert summed == [6 * (2 * rank), 6 * (2 * rank + 1)]
         kinds = ["all_to_all", "all_gather", "all_gather", "reduce_scatter"]

@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
-from cptrain.context_parallel import ContextParallel, keep_attention
+from cptrain.context_parallel import ContextParallel, keep_attention, ulysses
 from cptrain.context_parallel import attention as operator
 from cptrain.parallel.activation_checkpoint import apply_activation_checkpoint
 
@@ -39,16 +39,18 @@ class Log(list):
 def logged() -> Iterator[Log]:
     """Logs all point-to-point and all-to-all messages of this process, and the kernel calls of the ring operator."""
     log = Log()
-    send, exchange, choose = dist.batch_isend_irecv, dist.all_to_all_single, operator.choose_kernel
+    send, exchange, choose = dist.batch_isend_irecv, ulysses.all_to_all, operator.choose_kernel
 
     def counted_send(operations):
         sent = [op for op in operations if op.op is dist.isend]
         log.extend(("send", op.tensor.nbytes, op.group.group_name) for op in sent)
         return send(operations)
 
-    def counted_exchange(output, tensor, *, group, **options):
-        log.append(("all to all", tensor.nbytes, group.group_name))
-        return exchange(output, tensor, group=group, **options)
+    def counted_exchange(group, pairs):
+        before = len(log)
+        works = exchange(group, pairs)
+        log[before:] = [("all to all", sum(event[1] for event in log[before:]), group)]
+        return works
 
     def counted_kernel(*args, **options):
         kernel = choose(*args, **options)
@@ -60,7 +62,7 @@ def logged() -> Iterator[Log]:
 
     with (
         mock.patch.object(dist, "batch_isend_irecv", counted_send),
-        mock.patch.object(dist, "all_to_all_single", counted_exchange),
+        mock.patch.object(ulysses, "all_to_all", counted_exchange),
         mock.patch.object(operator, "choose_kernel", counted_kernel),
     ):
         yield log
@@ -130,8 +132,8 @@ def attentions(pool) -> dict[int, list[dict]]:
 
 
 def once(ring_degree: int, ulysses_degree: int) -> tuple[Counter, Counter]:
-    """Events of a model's forward and backward where nothing is repeated; q, k, v and out change hands in Ulysses."""
-    n, exchanges = ring_degree, 4 if ulysses_degree > 1 else 0
+    """Events of a model's forward and backward where nothing is repeated; Ulysses exchanges q, k, v as one, and out."""
+    n, exchanges = ring_degree, 2 if ulysses_degree > 1 else 0
     forward = {"forward": n, "send": n - 1, "all to all": exchanges}
     backward = {"backward": n, "send": (n - 2) + (n - 1) if n > 1 else 0, "all to all": exchanges}
     return tuple(Counter({key: LAYERS * value for key, value in side.items()}) for side in (forward, backward))

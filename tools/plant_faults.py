@@ -106,8 +106,8 @@ FAULTS = (
         "wrong-heads",
         "Ulysses deals heads out like cards, tearing groups of query heads apart",
         "ulysses.py",
-        "x.view(batch, size, heads // size, length, dim).permute(1, 0, 3, 2, 4)",
-        "x.view(batch, heads // size, size, length, dim).permute(2, 0, 3, 1, 4)",
+        "given = [x.chunk(size, from_dim) for x in xs]",
+        "given = [[x[:, p::size] if from_dim == 1 else x.chunk(size, 2)[p] for p in range(size)] for x in xs]",
     ),
     Fault(
         "dropped-window",

@@ -228,7 +228,7 @@ class ContextParallel:
             check_entered(self._entered.shape, q, is_causal=is_causal, degree=self.degree)
         if self.ulysses_degree > 1:
             k, v = (replicate_kv_heads(x, self.ulysses_degree) for x in (k, v))
-            q, k, v = (sequence_to_heads(x, self._heads_group) for x in (q, k, v))
+            q, k, v = sequence_to_heads([q, k, v], self._heads_group)
         scale = 1 / math.sqrt(q.size(-1)) if scale is None else scale
         batch = q.size(0)
         if packing is not None:
@@ -237,7 +237,7 @@ class ContextParallel:
         out, _, _ = attention_operator(q, k, v, packing, route, is_causal, window_size or 0, scale)
         if packing is not None:
             out = self._entered.guard(rows_split(out, batch))
-        return heads_to_sequence(out, self._heads_group) if self.ulysses_degree > 1 else out
+        return heads_to_sequence([out], self._heads_group)[0] if self.ulysses_degree > 1 else out
 
     def apply(self, model: nn.Module, *, modules: str | Sequence[str], window_size: int | None = None) -> list[str]:
         """Make `F.scaled_dot_product_attention` inside the modules that match (`"*.attention"`) context parallel.

@@ -8,7 +8,7 @@ rank's keys and values, g those of their gradients (fp32, or fp64 for fp64), N t
 | ring, double ring | N-1 sends of m | N-2 sends of m, N-1 sends of g |
 | windows, documents: needed keys | a send to each reader of what it sees | the same, and gradients to each source |
 | all_gather, each kv head | (N-1) m / heads | the same, and a reduce-scatter of (N-1) g / heads |
-| Ulysses | all-to-all of q, k, v, out: (P-1)/P of each | the same |
+| Ulysses | an all-to-all of (P-1)/P of q, k, v together, one of out | one of dout, one of dq, dk, dv together |
 
 A window sends needed keys only where that is fewer bytes than all of them to all. A batch of packed documents does
 where a ring would be dearer (`Packing.exchange_is_cheaper`); layout and mask are then those of all its rows joined.
@@ -69,13 +69,9 @@ def attention_traffic(
     tokens = layout.shard_length // ulysses_degree
     kv_heads = max(call.kv_heads, ulysses_degree)  # fewer are repeated before they are exchanged
     if ulysses_degree > 1:
-        for heads, dim in (
-            (call.heads, call.key_dim),
-            (kv_heads, call.key_dim),
-            (kv_heads, call.value_dim),
-            (call.heads, call.value_dim),
-        ):
-            num_bytes = batch * heads * tokens * dim * call.itemsize
+        given = call.heads * call.key_dim + kv_heads * (call.key_dim + call.value_dim)  # elements of a token's q, k, v
+        for elements in (given, call.heads * call.value_dim):
+            num_bytes = batch * tokens * elements * call.itemsize
             exchanged = Message("all_to_all", num_bytes - num_bytes // ulysses_degree)
             forward[exchanged] += 1
             backward[exchanged] += 1

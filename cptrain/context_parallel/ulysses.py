@@ -1,60 +1,94 @@
-"""Ulysses: an all-to-all turns a shard of the sequence with all heads into the whole sequence with some of the heads.
+"""Ulysses: an all-to-all turns shards of the sequence with all heads into the whole sequence with some of the heads.
 
 As DTensor placements this is Shard(sequence) -> Shard(heads) and back. It is written as two operators, each the other's
 gradient, rather than as a redistribution, so that selective activation checkpointing can keep the result and
-torch.compile sees one call. Tensors stay [B, T, H, D] in memory on both sides, which for one sequence makes the
-receiving side a view.
+torch.compile sees one call. Queries, keys and values travel together: every all-to-all is a moment at which all ranks
+wait for the slowest. The part that stays here is copied meanwhile, straight to its place.
 
 Source: DeepSpeed-Ulysses, arXiv:2309.14509.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 
-from cptrain.distributed.transport import all_to_all, group_size
+from cptrain.context_parallel.memory_order import new_tokens, stored
+from cptrain.distributed.transport import Pair, all_to_all, group_rank, group_size
 
 
 @torch.library.custom_op("cptrain::sequence_to_heads", mutates_args=())
-def sequence_to_heads(x: torch.Tensor, group: str) -> torch.Tensor:
-    """x [B, H, T, D] of this rank's tokens -> [B, H/P, P*T, D]: head group p of all tokens goes to rank p.
+def sequence_to_heads(xs: Sequence[torch.Tensor], group: str) -> list[torch.Tensor]:
+    """Each x [B, H, T, D] of this rank's tokens -> [B, H/P, P*T, D]: head group p of all tokens goes to rank p.
 
-    H must be a multiple of P. Tokens come in rank order. The gradient is `heads_to_sequence`.
+    H must be a multiple of P; it may differ between tensors, as may D. Tokens come in rank order. Results are stored as
+    kernels want them (see [Note: memory order]). The gradient is `heads_to_sequence`.
     """
-    size = group_size(group)
-    batch, heads, length, dim = x.shape
-    send = x.view(batch, size, heads // size, length, dim).permute(1, 0, 3, 2, 4).contiguous()  # [P, B, T, H/P, D]
-    received = all_to_all(group, send)
-    return _stored_by_token(received.transpose(0, 1).reshape(batch, size * length, heads // size, dim))
+    results = _whole_sequences(xs, group)
+    _exchange(xs, results, group, from_dim=1, to_dim=2, order=stored)
+    return results
 
 
 @torch.library.custom_op("cptrain::heads_to_sequence", mutates_args=())
-def heads_to_sequence(x: torch.Tensor, group: str) -> torch.Tensor:
-    """x [B, H/P, P*T, D] -> [B, H, T, D]: the inverse of `sequence_to_heads`, and its gradient."""
+def heads_to_sequence(xs: Sequence[torch.Tensor], group: str) -> list[torch.Tensor]:
+    """Each x [B, H/P, P*T, D] -> [B, H, T, D]: the inverse of `sequence_to_heads`, and its gradient."""
+    results = _all_heads(xs, group)
+    _exchange(xs, results, group, from_dim=2, to_dim=1, order=_by_token)
+    return results
+
+
+def _exchange(
+    xs: Sequence[torch.Tensor],
+    results: Sequence[torch.Tensor],
+    group: str,
+    *,
+    from_dim: int,
+    to_dim: int,
+    order: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    """Part p of every x along `from_dim` goes to rank p, where it becomes the part of this rank along `to_dim`.
+
+    order: gives a tensor in the order in which results are in memory, and messages too.
+    """
+    size, rank = group_size(group), group_rank(group)
+    given = [x.chunk(size, from_dim) for x in xs]
+    places = [result.chunk(size, to_dim) for result in results]
+    pairs, landed = [], []
+    for step in range(1, size):
+        to, source = (rank + step) % size, (rank - step) % size
+        send = tuple(order(parts[to]).contiguous() for parts in given)
+        targets = [order(parts[source]) for parts in places]
+        # What comes to a place without gaps needs no buffer.
+        receive = tuple(x if x.is_contiguous() else x.new_empty(x.shape) for x in targets)
+        landed += [(target, x) for target, x in zip(targets, receive, strict=True) if target is not x]
+        pairs.append(Pair(to, send, source, receive))
+    works = all_to_all(group, pairs)
+    for place, parts in zip(places, given, strict=True):
+        place[rank].copy_(parts[rank])
+    for work in works:
+        work.wait()
+    for target, x in landed:
+        target.copy_(x)
+
+
+def _by_token(x: torch.Tensor) -> torch.Tensor:
+    return x.transpose(1, 2)
+
+
+def _whole_sequences(xs: Sequence[torch.Tensor], group: str) -> list[torch.Tensor]:
     size = group_size(group)
-    batch, heads, length, dim = x.shape
-    send = x.transpose(1, 2).reshape(batch, size, length // size, heads, dim).transpose(0, 1).contiguous()
-    received = all_to_all(group, send)  # [P, B, T, H/P, D]
-    return _stored_by_token(received.permute(1, 2, 0, 3, 4).reshape(batch, length // size, size * heads, dim))
+    return [new_tokens(x[:, : x.size(1) // size], x.size(2) * size) for x in xs]
 
 
-def _stored_by_token(x: torch.Tensor) -> torch.Tensor:
-    """x [B, T, H, D] as [B, H, T, D], in memory as the fake promises; one head per rank makes the reshape a view."""
-    return x.contiguous().transpose(1, 2)
+def _all_heads(xs: Sequence[torch.Tensor], group: str) -> list[torch.Tensor]:
+    """Stored tokens first: the next reshape of the model is a view."""
+    size = group_size(group)
+    return [x.new_empty(x.size(0), x.size(2) // size, x.size(1) * size, x.size(3)).transpose(1, 2) for x in xs]
 
 
-def _fake(x: torch.Tensor, heads: int, length: int) -> torch.Tensor:
-    return x.new_empty(x.size(0), length, heads, x.size(3)).transpose(1, 2)
-
-
-@sequence_to_heads.register_fake
-def _(x, group):  # type: ignore[no-untyped-def]
-    return _fake(x, x.size(1) // group_size(group), x.size(2) * group_size(group))
-
-
-@heads_to_sequence.register_fake
-def _(x, group):  # type: ignore[no-untyped-def]
-    return _fake(x, x.size(1) * group_size(group), x.size(2) // group_size(group))
+sequence_to_heads.register_fake(_whole_sequences)
+heads_to_sequence.register_fake(_all_heads)
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
@@ -62,10 +96,10 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 
 sequence_to_heads.register_autograd(
-    lambda ctx, grad: (heads_to_sequence(grad, ctx.group), None), setup_context=_setup_context
+    lambda ctx, grads: (heads_to_sequence(grads, ctx.group), None), setup_context=_setup_context
 )
 heads_to_sequence.register_autograd(
-    lambda ctx, grad: (sequence_to_heads(grad, ctx.group), None), setup_context=_setup_context
+    lambda ctx, grads: (sequence_to_heads(grads, ctx.group), None), setup_context=_setup_context
 )
 
 

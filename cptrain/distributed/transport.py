@@ -1,11 +1,11 @@
-"""Messages between the ranks of one group: ring hops and all-to-all. No other file sends point to point.
+"""Messages between the ranks of one group: ring hops and all-to-alls. No other file sends point to point.
 
 Groups are passed by name, as torch's functional collectives do, so that a custom operator can carry them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import zip_longest
@@ -98,21 +98,11 @@ class Messenger:
         """
         if any(x is held and not _in_order(x) for pair in pairs for x in pair.send for held in self._held):
             self.wait()
-        operations = []
-        for to, send, source, receive in pairs:
-            if send:
-                _note("send", sum(x.nbytes for x in send))
-            # P2P peers are global ranks, also when the group is not the world.
-            for out, there in zip_longest(send, receive):
-                if out is not None:
-                    peer = dist.get_global_rank(self._group, to)
-                    operations.append(dist.P2POp(dist.isend, out, peer, group=self._group))
-                if there is not None:
-                    peer = dist.get_global_rank(self._group, source)
-                    operations.append(dist.P2POp(dist.irecv, there, peer, group=self._group))
-            self._held += [*send, *receive]
-        if operations:
-            self._works += dist.batch_isend_irecv(operations)
+        for pair in pairs:
+            if pair.send:
+                _note("send", sum(x.nbytes for x in pair.send))
+            self._held += [*pair.send, *pair.receive]
+        self._works += _start(self._group, pairs)
         if not self._overlap:
             self.wait()
 
@@ -122,6 +112,18 @@ class Messenger:
             work.wait()
         self._works = []
         self._held = []
+
+
+def _start(group: dist.ProcessGroup, pairs: Sequence[Pair]) -> list[dist.Work]:
+    operations = []
+    for to, send, source, receive in pairs:
+        # P2P peers are global ranks, also when the group is not the world.
+        for out, there in zip_longest(send, receive):
+            if out is not None:
+                operations.append(dist.P2POp(dist.isend, out, dist.get_global_rank(group, to), group=group))
+            if there is not None:
+                operations.append(dist.P2POp(dist.irecv, there, dist.get_global_rank(group, source), group=group))
+    return dist.batch_isend_irecv(operations) if operations else []
 
 
 def _in_order(send: torch.Tensor) -> bool:
@@ -165,12 +167,10 @@ class Gathering:
         return own
 
 
-def all_to_all(group_name: str, send: torch.Tensor) -> torch.Tensor:
-    """Slice p of the result is what rank p sent here: slice r of its `send`. Shape [P, ...], contiguous."""
-    _note("all_to_all", send.nbytes - send.nbytes // send.size(0))
-    receive = torch.empty_like(send)
-    dist.all_to_all_single(receive, send, group=resolve(group_name))
-    return receive
+def all_to_all(group_name: str, pairs: Sequence[Pair]) -> list[dist.Work]:
+    """Start an all-to-all, of a pair for every other rank, and return what to wait for; see `Messenger.post`."""
+    _note("all_to_all", sum(x.nbytes for pair in pairs for x in pair.send))
+    return _start(resolve(group_name), pairs)
 
 
 def check_same_groups(group: dist.ProcessGroup, device: torch.device) -> None:
