@@ -153,6 +153,15 @@ def test_bench_documents_leaves_the_causal_ring_out_above_a_length(tools: Module
     assert [case.layouts[3:] for case in tools.cases_of(arguments, 2)] == [("causal ring",), ()]
 
 
+def test_bench_documents_times_the_layouts_asked_for(tools: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = tools.parse([*TINY, "--seq-lens", "32768", "--ranks", "2", "--layouts", "zigzag,balanced"])
+    assert "left out" not in tools.conditions(arguments)
+    assert [case.layouts for case in tools.cases_of(arguments, 2)] == [("zigzag", "balanced")]
+    with pytest.raises(SystemExit):
+        tools.parse([*TINY, "--layouts", "balanced,contiguous"])
+    assert "--layouts: contiguous is not one of balanced, zigzag, per-document zigzag," in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag", "per-document zigzag", "balanced"])
 def test_bench_documents_cut_computes_every_pair_once(tools: ModuleType, layout: str) -> None:
     from documents_cases import make_cut, num_pairs
@@ -192,7 +201,7 @@ def test_bench_documents_counts_the_kernel_calls_that_are_made(
         with simulated_ranks(rank, 4, torch.device("cpu")):
             times, run = layout_run(case, layout, rank)
             made.clear()
-            run(0)
+            run()
         assert times.calls == len(made) > 0
 
 

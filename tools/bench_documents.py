@@ -56,6 +56,7 @@ from cptrain.context_parallel.packing import Packing
 
 CALL_PACKS = 4  # of which --plan counts the kernel calls
 DEFAULT_DTYPES = {"cpu": "fp32", "cuda": "bf16"}
+TIMED = ("balanced", "zigzag", "per-document zigzag", CAUSAL_RING)  # layouts, the plan in question first
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -92,6 +93,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--packs", type=int, default=16, help="of each set and size")
     parser.add_argument("--sizes", default="65536:8,262144:32,1048576:32", help="of --plan: tokens:ranks")
     parser.add_argument("--simulate", action="store_true", help="--time: ranks one at a time on each core")
+    parser.add_argument("--layouts", default=",".join(TIMED), help=f"of --time: of {', '.join(TIMED)}")
     parser.add_argument("--seq-lens", default="16384", help="of --time")
     parser.add_argument("--ranks", default="2,4,8", help="of --time")
     parser.add_argument("--rounds", type=int, default=3)
@@ -108,13 +110,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="per rank")
     parser.add_argument("--out", default="outputs/bench", help="folder of documents.csv")
     arguments = parser.parse_args(argv)
-    arguments.sets = arguments.sets.split(",")
+    arguments.sets, arguments.layouts = arguments.sets.split(","), arguments.layouts.split(",")
     arguments.sizes = [pair(text) for text in arguments.sizes.split(",")]
     arguments.seq_lens, arguments.ranks = (
         [int(number) for number in text.split(",")] for text in (arguments.seq_lens, arguments.ranks)
     )
     if unknown := set(arguments.sets) - set(SETS):
         parser.error(f"--sets: {', '.join(sorted(unknown))} is not one of {', '.join(SETS)}")
+    if unknown := set(arguments.layouts) - set(TIMED):
+        parser.error(f"--layouts: {', '.join(sorted(unknown))} is not one of {', '.join(TIMED)}")
     pairs = [*arguments.sizes, *((length, ranks) for length in arguments.seq_lens for ranks in arguments.ranks)]
     for length, ranks in pairs:
         if ranks < 2 or length % (2 * ranks):
@@ -166,6 +170,7 @@ def conditions(arguments: argparse.Namespace) -> str:
         f"{', every rank by itself' if arguments.simulate else ''}"
     )
     left_out = [f"{length:,}" for length in arguments.seq_lens if length > arguments.causal_up_to]
+    left_out = left_out if CAUSAL_RING in arguments.layouts else []
     return text + (f"; {CAUSAL_RING} left out at {', '.join(left_out)} tokens (--causal-up-to)" if left_out else "")
 
 
@@ -237,9 +242,8 @@ def cases_of(arguments: argparse.Namespace, ranks: int) -> list[Case]:
             set_name=name,
             lengths=tuple(median_pack(name, seq_len, arguments.packs)),
             ranks=ranks,
-            layouts=(
-                *("balanced", "zigzag", "per-document zigzag"),
-                *([CAUSAL_RING] if seq_len <= arguments.causal_up_to else []),
+            layouts=tuple(
+                layout for layout in arguments.layouts if layout != CAUSAL_RING or seq_len <= arguments.causal_up_to
             ),
             heads=heads,
             kv_heads=kv_heads,

@@ -12,7 +12,6 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -175,23 +174,26 @@ def run_simulated(
 
 
 def measure_simulated(case: Case, ranks: Sequence[int]) -> list[Times]:
-    """Some ranks, each alone in every layout, and once a round the single process."""
+    """Some ranks, each alone in every layout, and once a round the single process.
+
+    Before each reading of the clock stands the same run, as the layer and the step before stand before an attention.
+    """
     found = {SINGLE: Times(SINGLE)}
     for _ in range(case.rounds):
         for rank in ranks:
             with simulated_ranks(rank, case.ranks, torch.device(case.device)):
                 for layout in case.layouts:
                     times, run = layout_run(case, layout, rank)
-                    run(case.heads if case.repeats else 0)
+                    run()
                     with recorded_messages() as messages:
-                        clocks = timed(partial(run, case.heads), case.repeats)
+                        clocks = timed(run, case.repeats)
                     times = found.setdefault(f"{layout} {rank}", times)
                     times.clocks.append(clocks)
                     times.sent_bytes = sum(message.num_bytes for message in messages) // max(case.repeats, 1)
         with simulated_ranks(0, 1, torch.device(case.device)):
             run = single_run(case)
-            run(case.heads if case.repeats else 0)
-            found[SINGLE].clocks.append(timed(partial(run, case.heads), case.repeats))
+            run()
+            found[SINGLE].clocks.append(timed(run, case.repeats))
     return list(found.values())
 
 
@@ -199,7 +201,7 @@ def measure(case: Case, rank: int) -> list[Times]:
     """Every layout and the single process, taking turns, so that a machine whose speed drifts treats them alike.
 
     As many ranks as there are cores run the single process at the same time: caches, memory and clock are then as busy
-    as with a layout. A first turn with one head, which is not timed, makes schedules, connections and buffers.
+    as with a layout. A first turn, which is not timed, makes schedules, connections and buffers.
     """
     computes_alone = rank < len(os.sched_getaffinity(0))
     tried = [layout_run(case, layout, rank) for layout in case.layouts]
@@ -211,7 +213,7 @@ def measure(case: Case, rank: int) -> list[Times]:
                 dist.barrier()
                 continue
             with recorded_messages() as messages:
-                clocks = timed(partial(run, case.heads if number >= 0 else 0))
+                clocks = timed(run)
             if number >= 0:
                 times.clocks.append(clocks)
                 times.sent_bytes = sum(message.num_bytes for message in messages)
@@ -240,12 +242,12 @@ def timed(run: Run, repeats: int = 0) -> Clocks:
     return Clocks(*(b - a for a, b in zip(start, end, strict=True)))
 
 
-def single_run(case: Case) -> Callable[[int], None]:
-    """Every document by itself with the kernel of one device: forward and backward of so many heads, 0 for a group.
+def single_run(case: Case) -> Run:
+    """Every document by itself with the kernel of one device, forward and backward.
 
     One after another, or all in one call of a kernel that takes packed segments.
     """
-    tensors = case.tensors(case.seq_len)
+    q, k, v, dout = case.tensors(case.seq_len)
     kernel = case.place().kernel
     spans = list(documents_of(case.lengths).spans())
     scale = 1 / math.sqrt(case.dim)
@@ -253,8 +255,7 @@ def single_run(case: Case) -> Callable[[int], None]:
     if kernel.forward_packed is not None:
         calls = [(slice(0, case.seq_len), _triangles(spans))]
 
-    def run(heads: int) -> None:
-        q, k, v, dout = some_heads(case, tensors, heads)
+    def run() -> None:
         # Gradients go into tensors of the whole pack, as the caller of any attention gets them.
         out, gradients = torch.empty_like(q), [torch.empty_like(x) for x in (q, k, v)]
         for rows, launch in calls:
@@ -272,15 +273,7 @@ def _triangles(spans: Sequence[tuple[int, int]]) -> Launch:
     return Launch(Shape.LOWER, tuple(Block(start, stop, start, stop, Shape.LOWER) for start, stop in spans))
 
 
-def some_heads(case: Case, tensors: tuple[torch.Tensor, ...], heads: int) -> tuple[torch.Tensor, ...]:
-    """All heads, or for 0 those of the first kv head."""
-    if heads:
-        return tensors
-    counts = (case.heads // case.kv_heads, 1, 1, case.heads // case.kv_heads)
-    return tuple(x[:, :count] for x, count in zip(tensors, counts, strict=True))
-
-
-def layout_run(case: Case, layout: str, rank: int) -> tuple[Times, Callable[[int], None]]:
+def layout_run(case: Case, layout: str, rank: int) -> tuple[Times, Run]:
     """What is known of a layout on this rank, and its forward and backward pass."""
     mesh = init_device_mesh(case.device, (case.ranks,), mesh_dim_names=("ring",))
     place = case.place()
@@ -295,11 +288,10 @@ def layout_run(case: Case, layout: str, rank: int) -> tuple[Times, Callable[[int
         route = "exchange" if batch.exchanges(0, place.dtype) else "ring"
         pieces = rank_pieces(batch.packing, rank, place)
         tokens = batch.packing.layout.shard_length
-    tensors = case.tensors(tokens)
+    *inputs, dout = case.tensors(tokens)
 
-    def run(heads: int) -> None:
-        q, k, v, dout = some_heads(case, tensors, heads)
-        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    def run() -> None:
+        leaves = [x.detach().requires_grad_() for x in inputs]
         with batch or nullcontext():
             torch.autograd.grad(plan.attention(*leaves, is_causal=True), leaves, dout)
 
