@@ -235,8 +235,9 @@ def test_bench_step_prints_a_table(
     import bench_step
 
     # Seconds and CPU seconds of a step in the first of three rounds, each half as fast as the one before.
-    found = {"one": (6.0, 5.0), "two_runs": (8.0, 11.0), "in_step": (10.0, 12.5), "torch_ring": (4.8, 7.5)}
-    slower = iter([1] * 4 + [2] * 4 + [4] * 4)
+    found = {"bare": (9.0, 6.0), "one": (6.0, 5.0), "two_runs": (8.0, 11.0), "in_step": (10.0, 12.5)}
+    found["torch_ring"] = (4.8, 7.5)
+    slower = iter([1] * 5 + [2] * 5 + [4] * 5)
 
     def measure(_: Namespace, name: str) -> tuple[float, float]:
         times = next(slower)
@@ -246,10 +247,11 @@ def test_bench_step_prints_a_table(
     rows = step_table(monkeypatch, capsys, "--cases", ",".join(found), "--rounds", "3")
     # Two runs at once do twice the work of one; what two ranks reach of that is their share.
     assert rows == {
-        "one": ["1", "12.000", "1.000x", "-", "10.000", "1.000"],
-        "two_runs": ["2", "16.000", "1.500x", "100.0%", "22.000", "1.100"],
-        "in_step": ["2", "20.000", "1.200x", "80.0%", "25.000", "1.250"],
-        "torch_ring": ["2", "9.600", "1.250x", "83.3%", "15.000", "1.500"],
+        "bare": ["1", "18.000", "0.667x", "1.000x", "-", "12.000", "1.200"],
+        "one": ["1", "12.000", "1.000x", "1.500x", "-", "10.000", "1.000"],
+        "two_runs": ["2", "16.000", "1.500x", "2.250x", "100.0%", "22.000", "1.100"],
+        "in_step": ["2", "20.000", "1.200x", "1.800x", "80.0%", "25.000", "1.250"],
+        "torch_ring": ["2", "9.600", "1.250x", "1.875x", "83.3%", "15.000", "1.500"],
     }
 
 
@@ -266,7 +268,7 @@ def test_bench_step_runs_two_processes_in_step(
     (first_s, first_cpu_s), (second_s, second_cpu_s) = answers
     assert min(first_s, first_cpu_s, second_s, second_cpu_s) > 0
     assert rows["in_step"][1] == f"{(first_s + second_s) / 2:.3f}", "the mean of both"
-    assert rows["in_step"][4] == f"{first_cpu_s + second_cpu_s:.3f}", "of both"
+    assert rows["in_step"][5] == f"{first_cpu_s + second_cpu_s:.3f}", "of both"
 
 
 def test_bench_step_refuses_unknown_cases_by_name(

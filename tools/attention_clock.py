@@ -47,9 +47,8 @@ class Row:
 class Traffic:
     """Bytes that this rank sends and the time its computation stands still for messages, while `counted` runs.
 
-    Bytes are those that a rank must send whatever the algorithm: N - 1 parts for a gathering or a reduce-scatter, all
-    but the own slice for an all-to-all. On CPU the time is the host's, in posting and waiting; on CUDA it is the
-    current stream's.
+    Bytes are those that a rank must send whatever the algorithm: N - 1 parts for a gathering or a reduce-scatter. On
+    CPU the time is the host's, in posting and waiting; on CUDA it is the current stream's.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -91,7 +90,7 @@ class _Waited:
 def counted(device: torch.device) -> Iterator[Traffic]:
     """Counts every message of this process while the block runs."""
     traffic = Traffic(device)
-    names = ["batch_isend_irecv", "all_to_all_single"]
+    names = ["batch_isend_irecv"]
     # Newer versions of torch have two names for the collectives of one tensor.
     for new, old in (
         ("all_gather_single", "all_gather_into_tensor"),

@@ -1,8 +1,9 @@
 """Time one training step at context parallel 2 and tensor parallel 2 against one rank, and that against a bare loop.
 
 Every case runs in processes of its own with --threads threads per rank; cases take turns for --rounds rounds, so that a
-machine whose speed drifts treats them alike. Ratios are medians over rounds of the same round's times. Attention is
-causal over the whole sequence.
+machine whose speed drifts treats them alike. Ratios are medians over rounds of the same round's times: "over one rank"
+and "over bare" are speed-ups over the trainer on one rank and over the bare loop. Attention is causal over the whole
+sequence.
 
 What two ranks can gain is what the machine gives to two processes at once: "two_runs" is twice the one-rank run, side
 by side, without a message between them. "in_step" is the same, but the two wait for each other before each block,
@@ -72,18 +73,23 @@ def main() -> None:
         f"checkpointing {arguments.checkpointing}, one sequence of {arguments.tokens} tokens, {arguments.threads} "
         f"thread(s) per rank, {arguments.rounds} rounds of {arguments.steps} steps after {arguments.warmup}"
     )
-    print("| case | processes | s/step (median) | speed-up over one rank | of two runs | CPU s/step | over one rank |")
-    print("|---|---|---|---|---|---|---|")
+    print(
+        "| case | processes | s/step (median) | over one rank | over bare | of two runs | CPU s/step | over one rank |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
     for name in names:
         processes = 2 if name in TWICE else CASES[name][0]
-        speed_up = share = work = "-"
+        share = work = "-"
+        over_one, over_bare = (
+            f"{ratio(times[alone], times[name]) * (2 if name in TWICE else 1):.3f}x" if alone in times else "-"
+            for alone in ("one", "bare")
+        )
         if "one" in times:
-            speed_up = f"{ratio(times['one'], times[name]) * (2 if name in TWICE else 1):.3f}x"
             work = f"{ratio(cpu_times[name], cpu_times['one']) / (2 if name in TWICE else 1):.3f}"
         if "two_runs" in times and processes == 2:
             share = f"{ratio(times['two_runs'], times[name]) / (1 if name in TWICE else 2):.1%}"
         seconds, cpu_seconds = (f"{statistics.median(of[name]):.3f}" for of in (times, cpu_times))
-        print(f"| {name} | {processes} | {seconds} | {speed_up} | {share} | {cpu_seconds} | {work} |")
+        print(f"| {name} | {processes} | {seconds} | {over_one} | {over_bare} | {share} | {cpu_seconds} | {work} |")
 
 
 def ratio(above: list[float], below: list[float]) -> float:

@@ -120,9 +120,6 @@ class SimulatedGroup(dist.ProcessGroup):
         self._sent = None
         return self._link.carry([(there, here)], there.nbytes)
 
-    def all_to_all_single(self, output: torch.Tensor, given: torch.Tensor, *splits_and_options: Any) -> _Arrival:
-        return self._link.carry([(output, given)], output.nbytes // self.size() * (self.size() - 1))
-
     def all_gather_single(self, output: torch.Tensor, given: torch.Tensor, *options: Any) -> _Arrival:
         return self._link.carry([(output, given)], output.nbytes - given.nbytes)
 
@@ -130,7 +127,6 @@ class SimulatedGroup(dist.ProcessGroup):
         own = given.view(self.size(), -1)[self.rank()]
         return self._link.carry([(output, own)], given.nbytes - output.nbytes)
 
-    alltoall_base = all_to_all_single
     _allgather_base = all_gather_single
     _reduce_scatter_base = reduce_scatter_single
 
