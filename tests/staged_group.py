@@ -156,12 +156,6 @@ class StagedGroup(dist.ProcessGroup):
     def recv(self, tensors: list[torch.Tensor], source: int, tag: int = 0) -> _Message:
         return self._order(lambda _, results: self._gloo.recv(results, source, tag), [], tensors)
 
-    def all_to_all_single(self, output, given, output_splits, input_splits, *options) -> _Message:
-        def start(here: list[torch.Tensor], results: list[torch.Tensor]) -> dist.Work:
-            return self._gloo.alltoall_base(results[0], here[0], output_splits, input_splits)
-
-        return self._order(start, [given], [output])
-
     def allgather_into_tensor_coalesced(self, outputs, given, *options: Any) -> _Message:
         def start(here: list[torch.Tensor], results: list[torch.Tensor]) -> dist.Work:
             lists = [list(result.view(self.size(), -1).unbind()) for result in results]
@@ -209,7 +203,6 @@ class StagedGroup(dist.ProcessGroup):
     def allreduce_coalesced(self, tensors: list[torch.Tensor], options: Any = None) -> _Message:
         return self.allreduce(tensors, *([] if options is None else [options]))
 
-    alltoall_base = all_to_all_single
     _allgather_base = all_gather_single
     _reduce_scatter_base = reduce_scatter_single
 

@@ -235,8 +235,13 @@ def test_bench_step_prints_a_table(
     import bench_step
 
     # Seconds and CPU seconds of a step in the first of three rounds, each half as fast as the one before.
-    found = {"bare": (9.0, 6.0), "one": (6.0, 5.0), "two_runs": (8.0, 11.0), "in_step": (10.0, 12.5)}
-    found["torch_ring"] = (4.8, 7.5)
+    found = {
+        "bare": (9.0, 6.0),
+        "one": (6.0, 5.0),
+        "two_runs": (8.0, 11.0),
+        "in_step": (10.0, 12.5),
+        "torch_ring": (4.8, 7.5),
+    }
     slower = iter([1] * 5 + [2] * 5 + [4] * 5)
 
     def measure(_: Namespace, name: str) -> tuple[float, float]:

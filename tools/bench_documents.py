@@ -169,8 +169,8 @@ def conditions(arguments: argparse.Namespace) -> str:
         f"median of {arguments.rounds} {'' if arguments.simulate else 'paired '}round(s)"
         f"{', every rank by itself' if arguments.simulate else ''}"
     )
-    left_out = [f"{length:,}" for length in arguments.seq_lens if length > arguments.causal_up_to]
-    left_out = left_out if CAUSAL_RING in arguments.layouts else []
+    asked = CAUSAL_RING in arguments.layouts
+    left_out = [f"{length:,}" for length in arguments.seq_lens if asked and length > arguments.causal_up_to]
     return text + (f"; {CAUSAL_RING} left out at {', '.join(left_out)} tokens (--causal-up-to)" if left_out else "")
 
 
