@@ -281,6 +281,37 @@ def test_cuda_links_are_measured(monkeypatch, bandwidth, fast):
         assert ContextParallel(mesh, ulysses=None)._groups.is_fast == fast
 
 
+@pytest.mark.parametrize(
+    ("ranks", "options"),
+    [(1, {}), (4, {"ring": 4}), (4, {"ring": 4, "method": "all_gather"}), (4, {"ring": 2, "ulysses": 2})],
+    ids=str,
+)
+def test_cuda_attention_over_a_new_batch_of_documents_never_makes_the_host_wait(monkeypatch, ranks, options):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "tools")
+    from simulated_group import simulated_ranks
+
+    length = 288 * ranks
+    inputs = [x.bfloat16() for x in test_attention.problem(8, 4, length=length, batch=1, dim=64, device="cuda")]
+
+    def run(name: str) -> None:
+        batch = plan.pack(test_packed.ids_of((name,), length))
+        q, k, v, dout = batch.shard(*inputs, dim=2)
+        with batch:
+            q, k, v = (x.requires_grad_() for x in (q, k, v))
+            torch.autograd.grad(plan.attention(q, k, v, is_causal=True), (q, k, v), dout)
+
+    with simulated_ranks(ranks // 2, ranks, torch.device("cuda")):
+        plan = test_packed.make_plan(device="cuda", chunk_size=48, **options)
+        for name in ("a", "b", "c"):  # ranks compare what they read, kernels are called for the first time
+            run(name)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run("tokens")
+            run("off chunk edges")
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 def measured(rank: int, world: int, *, device: str) -> float:
     group = dist.new_group(list(range(world)))
     return transport.link_speed(group.group_name, torch.device(device))

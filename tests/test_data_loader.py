@@ -5,8 +5,10 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,7 +37,7 @@ def batches_of(
     rank: int = 0,
     local: int = 2,
     workers: int = 0,
-    finish: Callable[[Batch], Batch] | None = None,
+    **options: Any,
 ) -> TrainBatches:
     return TrainBatches(
         windows,
@@ -45,7 +47,7 @@ def batches_of(
         dp_rank=rank,
         dp_degree=world,
         num_workers=workers,
-        finish=finish,
+        **options,
     )
 
 
@@ -135,6 +137,93 @@ def test_data_loader_finishes_batches_in_its_workers(windows: Windows) -> None:
     expected = longest_document(next(batches_of(windows)))
     assert torch.equal(batch["longest"], expected["longest"])
     assert batch["process"].tolist() == workers * 2
+
+
+class Watched:
+    """Counts the batches that are built, and the threads that build them; one may fail."""
+
+    def __init__(self, fails_at: int = 0) -> None:
+        self.built = 0
+        self.fails_at = fails_at
+        self.threads: set[threading.Thread] = set()
+
+    def __call__(self, batch: Batch) -> Batch:
+        self.threads.add(threading.current_thread())
+        self.built += 1
+        if self.built == self.fails_at:
+            raise OSError("no such document")
+        return batch
+
+    def waited(self, count: int) -> int:
+        """How many are built once there are so many, and a moment later."""
+        deadline = time.monotonic() + 30
+        while self.built < count and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(0.02)
+        return self.built
+
+
+@pytest.mark.parametrize("local", [8, 2], ids=["whole batch", "four micro-batches"])
+def test_data_loader_builds_one_step_ahead_in_a_thread(windows: Windows, local: int) -> None:
+    watched = Watched()
+    batches = batches_of(windows, local=local, finish=watched)
+    assert watched.built == 0
+    for step in (1, 2, 3):
+        take(batches, batches.micro_batches)
+        assert watched.waited((step + 1) * batches.micro_batches) == (step + 1) * batches.micro_batches
+    (thread,) = watched.threads
+    assert thread is not threading.current_thread() and thread.is_alive()
+    batches.close()
+    assert not thread.is_alive()
+
+
+def test_data_validation_builds_one_batch_ahead_in_a_thread(windows: Windows) -> None:
+    watched = Watched()
+    batches = validation_batches(windows, local_batch_size=2, dp_rank=0, dp_degree=1, finish=watched)
+    for number in (1, 2):
+        next(batches)
+        assert watched.waited(number + 1) == number + 1
+    (thread,) = watched.threads
+    assert thread is not threading.current_thread()
+    batches.close()
+    assert not thread.is_alive()
+
+
+def test_data_loader_error_comes_in_the_place_of_its_batch(windows: Windows) -> None:
+    watched = Watched(fails_at=3)
+    batches = batches_of(windows, finish=watched)
+    assert torch.equal(take(batches, 2), take(batches_of(windows), 2))
+    with pytest.raises(OSError, match="no such document"):
+        next(batches)
+    assert batches._taken == 2
+    batches.close()
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_data_loader_pins_what_goes_to_cuda_by_way_of_that_device(
+    windows: Windows, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    chosen: dict[threading.Thread, torch.device] = {}
+    pinned: list[torch.device] = []
+
+    def pin(x: torch.Tensor) -> torch.Tensor:
+        pinned.append(chosen[threading.current_thread()])
+        return x + 1
+
+    monkeypatch.setattr(torch.cuda, "set_device", lambda to: chosen.update({threading.current_thread(): to}))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    device = torch.device(kind, 3 if kind == "cuda" else None)
+    batches = batches_of(windows, local=8, device=device)
+    batch, expected = next(batches), next(batches_of(windows, local=8))
+    batches.close()
+    places = {"local_batch_size": 8, "dp_rank": 0, "dp_degree": 1, "num_windows": 8}
+    held_out = list(validation_batches(windows, **places, device=device))  # type: ignore[arg-type]
+    assert len(held_out) == 1
+    if kind == "cpu":
+        assert not pinned and not chosen
+        return
+    assert all(torch.equal(batch[name], expected[name] + 1) for name in expected)
+    assert set(pinned) == {device} and len(pinned) >= 2 * len(expected)
 
 
 def test_data_loader_close_stops_its_workers(windows: Windows) -> None:

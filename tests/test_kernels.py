@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from tolerance import assert_matches
 from torch.nn.attention import _registry
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cptrain.context_parallel import kernels, reference
+from cptrain.context_parallel import kernels, launches, reference
 from cptrain.context_parallel.kernels import (
     CPU_FLASH,
     KERNELS,
@@ -480,6 +481,43 @@ def test_launches_write_and_add_where_they_took(name, heads, by_token):
     expected[:, :, index] += values
     expected[:, :, index[:1]] += values[:, :, :1]
     assert_matches(written, expected)
+
+
+def test_launches_send_an_index_once_for_each_stream_that_uses_it(monkeypatch):
+    streams, sent = iter((1, 2, 1, 2, 2, 1)), []
+    monkeypatch.setattr(launches, "current_stream", lambda device: next(streams))
+    monkeypatch.setattr(launches, "send", lambda x, device: sent.append(x) or x)
+    launches._index.cache_clear()
+    x = torch.zeros(1, 1, 30, 1)
+    for work in (take, put, accumulate) * 2:
+        values = () if work is take else (torch.ones(1, 1, 12, 1),)
+        work(x, RANGES["many"], *values)
+    assert len(sent) == 2
+    launches._index.cache_clear()
+
+
+def test_launches_send_offsets_once_for_each_stream_that_uses_them(monkeypatch):
+    streams, sent, used = iter((1, 2, 1, 2)), [], []
+    monkeypatch.setattr(kernels, "current_stream", lambda device: next(streams))
+    monkeypatch.setattr(launches, "send", lambda x, device: sent.append(x) or x)
+    launches.segments.cache_clear()
+
+    def forward(q, k, v, packed, causal, scale):
+        used.append(packed)
+        return q, q[..., 0]
+
+    def backward(dout, q, k, v, out, lse, packed, causal, scale):
+        used.append(packed)
+        return q, k, v
+
+    kernel = replace(REFERENCE, forward_packed=forward, backward_packed=backward)
+    blocks = (Block(0, 2, 0, 2, Shape.LOWER), Block(2, 5, 2, 5, Shape.LOWER))
+    x, lse, launch = torch.zeros(1, 1, 5, 4), torch.zeros(1, 1, 5), Launch(Shape.LOWER, blocks)
+    for _ in range(2):
+        forward_launch(kernel, x, x, x, launch, SCALE)
+        backward_launch(kernel, x, x, x, x, x, lse, launch, SCALE)
+    assert len(sent) == 4 and used[0] is used[2] and used[1] is used[3] and used[0] is not used[1]
+    launches.segments.cache_clear()
 
 
 def test_launches_take_neighbouring_ranges_as_a_view():

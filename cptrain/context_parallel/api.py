@@ -30,6 +30,7 @@ from cptrain.context_parallel.refusals import (
 from cptrain.context_parallel.regroup import regrouped_mesh
 from cptrain.context_parallel.traffic import Call
 from cptrain.context_parallel.ulysses import heads_to_sequence, replicate_kv_heads, sequence_to_heads
+from cptrain.distributed.sending import send
 from cptrain.distributed.transport import warm_up
 
 Method = Literal["auto", "ring", "ulysses", "hybrid", "all_gather"]
@@ -126,8 +127,7 @@ class ContextParallel:
         self._refuse_balanced("shard", "pack(document_ids).shard")
         parts = []
         for x in tensors:
-            index = self._pieces(x.size(dim))[self._place()].to(x.device)
-            part = x.index_select(dim, index)
+            part = x.index_select(dim, send(self._pieces(x.size(dim))[self._place()], x.device))
             parts.append(self._as_dtensor(part, dim) if as_dtensor else part)
         return parts[0] if len(parts) == 1 else tuple(parts)
 
@@ -135,7 +135,8 @@ class ContextParallel:
         """The global tensor in global order, on every rank: the inverse of `shard`. Differentiable."""
         self._refuse_balanced("unshard", "pack(document_ids).unshard")
         whole = self._gathered(x, dim)
-        return whole.index_select(dim, torch.argsort(self._pieces(whole.size(dim)).flatten()).to(whole.device))
+        order = torch.argsort(self._pieces(whole.size(dim)).flatten())
+        return whole.index_select(dim, send(order, whole.device))
 
     def pack(
         self,

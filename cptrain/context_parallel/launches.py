@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 
 from cptrain.context_parallel.schedule import Block, Shape
+from cptrain.distributed.sending import current_stream, send
 
 MOST_COPIES = 4  # keys over queries above which a rectangle goes by itself
 MOST_SLICES = 4  # ranges above which one operation on an index is cheaper than one on each
@@ -78,7 +79,7 @@ def take(x: torch.Tensor, ranges: Ranges) -> torch.Tensor:
     if len(ranges) <= 1:
         return x[:, :, slice(*ranges[0]) if ranges else slice(0, 0)]
     ordered, dim = _stored(x)
-    taken = ordered.index_select(dim, _index(ranges, x.device))
+    taken = ordered.index_select(dim, _index(ranges, x.device, current_stream(x.device)))
     return taken if dim == 2 else taken.transpose(1, 2)
 
 
@@ -90,7 +91,8 @@ def put(x: torch.Tensor, ranges: Ranges, values: torch.Tensor) -> None:
             x[:, :, start:stop] = values[:, :, here]
         return
     ordered, dim = _stored(x)
-    ordered.index_copy_(dim, _index(ranges, x.device), (values if dim == 2 else values.transpose(1, 2)).to(x.dtype))
+    index = _index(ranges, x.device, current_stream(x.device))
+    ordered.index_copy_(dim, index, (values if dim == 2 else values.transpose(1, 2)).to(x.dtype))
 
 
 def accumulate(x: torch.Tensor, ranges: Ranges, values: torch.Tensor) -> None:
@@ -101,7 +103,8 @@ def accumulate(x: torch.Tensor, ranges: Ranges, values: torch.Tensor) -> None:
             x[:, :, start:stop] += values[:, :, here]
         return
     ordered, dim = _stored(x)
-    ordered.index_add_(dim, _index(ranges, x.device), (values if dim == 2 else values.transpose(1, 2)).to(x.dtype))
+    index = _index(ranges, x.device, current_stream(x.device))
+    ordered.index_add_(dim, index, (values if dim == 2 else values.transpose(1, 2)).to(x.dtype))
 
 
 @lru_cache(maxsize=4096)
@@ -155,8 +158,11 @@ def _cuts(ranges: Ranges) -> Iterator[tuple[tuple[int, int], slice]]:
 
 
 @lru_cache(maxsize=1024)
-def segments(launch: Launch, device: torch.device) -> Segments:
-    """The segments of a launch for a kernel; of upper triangles in reverse, as their tensors are (see `schedule`)."""
+def segments(launch: Launch, device: torch.device, stream: int) -> Segments:
+    """The segments of a launch for a kernel; of upper triangles in reverse, as their tensors are (see `schedule`).
+
+    stream: of the device, the current one, and the one in which they are used (see `sending`).
+    """
     queries, keys = ([stop - start for start, stop in ranges] for ranges in (launch.rows, launch.columns))
     if launch.shape is Shape.UPPER:
         queries, keys = queries[::-1], keys[::-1]
@@ -164,9 +170,9 @@ def segments(launch: Launch, device: torch.device) -> Segments:
 
 
 def _offsets(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+    return send(torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32), device)
 
 
 @lru_cache(maxsize=128)  # on the device: as many numbers as there are tokens in the ranges
-def _index(ranges: Ranges, device: torch.device) -> torch.Tensor:
-    return torch.cat([torch.arange(start, stop) for start, stop in ranges]).to(device)
+def _index(ranges: Ranges, device: torch.device, stream: int) -> torch.Tensor:
+    return send(torch.cat([torch.arange(start, stop) for start, stop in ranges]), device)

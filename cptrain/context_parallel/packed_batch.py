@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from cptrain.context_parallel.carrier import accumulator_dtype
 from cptrain.context_parallel.packing import Packing
+from cptrain.distributed.sending import send
 
 if TYPE_CHECKING:
     from cptrain.context_parallel.api import ContextParallel
@@ -196,7 +197,7 @@ def _taken(x: torch.Tensor, index: torch.Tensor, dim: int) -> torch.Tensor:
     """x [B, ..., S, ...] with the tokens index [B, T] of each row along `dim`."""
     stream = x.movedim(dim, 1).flatten(0, 1)
     rows = torch.arange(index.size(0))[:, None] * x.size(dim)
-    taken = stream.index_select(0, (index + rows).flatten().to(x.device))
+    taken = stream.index_select(0, send((index + rows).flatten(), x.device))
     return taken.unflatten(0, tuple(index.shape)).movedim(1, dim)
 
 

@@ -8,6 +8,11 @@ same batches. Sample j of micro-batch m of coordinate d at step s, counted from 
 
 so a step reads one run of global indices whatever the number of ranks, and one integer, the same on all of them, says
 where to go on.
+
+[Note: batches are built ahead]
+A thread builds what the next step reads while this one runs, so that no step waits for its documents to be dealt. What
+it costs is time of the interpreter; worker processes, if there are any, take that over too. On CUDA the batches lie in
+pinned memory, from which they are copied without the host waiting.
 """
 
 from __future__ import annotations
@@ -16,7 +21,9 @@ import atexit
 import signal
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Literal
 
@@ -28,6 +35,7 @@ from cptrain.data.windows import IGNORE, Windows
 
 Batch = dict[str, torch.Tensor]
 Finish = Callable[[Batch], Batch]
+CPU = torch.device("cpu")
 
 
 class _Indices:
@@ -46,13 +54,14 @@ class _Indices:
 
 
 class TrainBatches:
-    """Micro-batches for training, endless; `micro_batches` of them are one step.
+    """Micro-batches for training, endless; `micro_batches` of them are one step, and built while the one before runs.
 
-    Each is a dict of int64 [local_batch_size, seq_len] (see `Windows.window`).
+    Each is a dict of int64 [local_batch_size, seq_len] (see `Windows.window`), on the CPU.
     start_index: the global index at which to go on, 0 for a fresh start, else what `next_index` said.
     num_workers, prefetch_factor: see `DataConfig`. The batches do not depend on them.
     finish: applied to each batch where it is built, in the worker process if there are workers. So it must pickle, and
     what it returns depend on the batch alone.
+    device: where the batches will go, see [Note: batches are built ahead].
     ValueError if local_batch_size * dp_degree does not divide global_batch_size.
     """
 
@@ -68,6 +77,7 @@ class TrainBatches:
         num_workers: int = 0,
         prefetch_factor: int = 2,
         finish: Finish | None = None,
+        device: torch.device = CPU,
     ) -> None:
         _check_place(local_batch_size, dp_rank, dp_degree)
         together = local_batch_size * dp_degree
@@ -82,6 +92,7 @@ class TrainBatches:
         self.micro_batches = global_batch_size // together
         self._start_index = start_index
         self._global_batch_size = global_batch_size
+        self._device = device
         self._taken = 0
         first = start_index + dp_rank * local_batch_size
         with warnings.catch_warnings():
@@ -100,7 +111,7 @@ class TrainBatches:
                 snapshot_every_n_steps=0,  # next_index is all the state there is
                 generator=torch.Generator(),  # else the loader draws a seed from the generator of the training
             )
-        self._batches: Iterator[Batch] | None = None
+        self._batches: Generator[Batch] | None = None
 
     def __iter__(self) -> TrainBatches:
         return self
@@ -109,7 +120,8 @@ class TrainBatches:
         if self._loader is None:
             raise RuntimeError("these batches are closed")
         if self._batches is None:
-            self._batches = iter(self._loader)
+            # Begun here: what tells of a worker that has died is heard by the main thread alone.
+            self._batches = _built_ahead(iter(self._loader), self.micro_batches, self._device)
             atexit.register(_close_at_exit, weakref.ref(self))
         batch = next(self._batches)
         self._taken += 1
@@ -126,7 +138,9 @@ class TrainBatches:
         return self._start_index + steps * self._global_batch_size
 
     def close(self) -> None:
-        """Stop the worker processes."""
+        """Stop the thread and the worker processes."""
+        if self._batches is not None:
+            self._batches.close()
         self._batches = self._loader = None
 
 
@@ -151,24 +165,47 @@ def validation_batches(
     dp_degree: int,
     num_windows: int | Literal["all"] = "all",
     finish: Finish | None = None,
-) -> Iterator[Batch]:
+    device: torch.device = CPU,
+) -> Generator[Batch]:
     """Batches that cover windows 0 .. num_windows - 1 once over all data-parallel ranks, in this order.
 
     Every rank gets the same number of batches of int64 [local_batch_size, seq_len]: where the windows run out, a batch
     is filled up with window 0 with every label IGNORE. num_windows is capped at what there is. finish: applied to each
-    batch.
+    batch. device: where the batches will go. Each is built while the one before it is used; close what is not used up.
     """
     _check_place(local_batch_size, dp_rank, dp_degree)
     total = len(windows) if num_windows == "all" else min(num_windows, len(windows))
     if total < 1:
         raise ValueError(f"num_windows = {num_windows}: must be positive")
     firsts = range(dp_rank * local_batch_size, total + dp_rank * local_batch_size, local_batch_size * dp_degree)
-    return (
+    batches = (
         _build_batch(
             [_window_or_padding(windows, first + row, total) for row in range(local_batch_size)], finish=finish
         )
         for first in firsts
     )
+    return _built_ahead(batches, 1, device)
+
+
+def _built_ahead(batches: Iterator[Batch], count: int, device: torch.device) -> Generator[Batch]:
+    """The same batches, `count` of them built in a thread before they are asked for; errors come in their places."""
+
+    def build() -> Batch | None:
+        batch = next(batches, None)
+        if batch is None or device.type != "cuda":
+            return batch
+        torch.cuda.set_device(device)  # of this thread, or memory is pinned by way of the first one
+        return {name: x.pin_memory() for name, x in batch.items()}
+
+    with ThreadPoolExecutor(1, "batches") as thread:
+        ahead = deque(thread.submit(build) for _ in range(count))
+        try:
+            while (batch := ahead.popleft().result()) is not None:
+                ahead.append(thread.submit(build))
+                yield batch
+        finally:
+            for future in ahead:
+                future.cancel()
 
 
 def _build_batch(samples: list[Batch], *, finish: Finish | None) -> Batch:

@@ -70,7 +70,7 @@ class DataConfig:
     long_documents: LongDocuments = setting(
         "split", 'with "best_fit", documents longer than a window are "split": cut into pieces; "drop": left out'
     )
-    num_workers: int = setting(0, "processes per rank that build batches ahead of time; 0: the rank itself does")
+    num_workers: int = setting(0, "processes per rank that build batches ahead of time; 0: a thread of the rank does")
     prefetch_factor: int = setting(2, "batches each worker process builds ahead")
     cache_dir: str = setting(
         "auto", 'folder for tokenized text, seen by every rank; "auto": $XDG_CACHE_HOME/cptrain or ~/.cache/cptrain'

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Self
+
+import torch
 
 from cptrain.context_parallel import ContextParallel
 from cptrain.context_parallel.balance import FEWEST_CHUNKS, choose_chunk_size
@@ -47,16 +49,26 @@ class Stage:
     """What is read during a stage, and under which plan. `close` it to end its workers.
 
     settings: of the run, with the stage's own values in place. finish: what the loader adds to a batch; None without
-    document masks.
+    document masks. device: where batches go.
     """
 
-    def __init__(self, settings: TrainSettings, plan: Plan, texts: Texts, shape: ModelShape, *, tokens_seen: int):
+    def __init__(
+        self,
+        settings: TrainSettings,
+        plan: Plan,
+        texts: Texts,
+        shape: ModelShape,
+        *,
+        tokens_seen: int,
+        device: torch.device,
+    ) -> None:
         """tokens_seen: by the run so far, from which follows where the stage begins to read.
 
         At an unchanged length that is the next sample; windows of another length are shuffled in an order of their own,
         and read from where as many tokens are behind.
         """
         self.settings, self.meshes, self.context = settings, plan.meshes, plan.context
+        self.device = device
         length, self.global_batch_size = settings.training.seq_len, settings.global_batch_size(plan.meshes.degrees)
         self.windows = texts.windows(length)
         self._held_out = texts.held_out_windows(length) if settings.validation.enable else None
@@ -72,11 +84,12 @@ class Stage:
             num_workers=settings.data.num_workers,
             prefetch_factor=settings.data.prefetch_factor,
             finish=self.finish,
+            device=device,
         )
         self.tokens_per_step = self.global_batch_size * length
 
-    def held_out_batches(self) -> Iterator[Batch]:
-        """The held-out windows that are validated on, the same ones whatever the mesh."""
+    def held_out_batches(self) -> Generator[Batch]:
+        """The held-out windows that are validated on, the same ones whatever the mesh; close what is not used up."""
         assert self._held_out is not None
         steps = self.settings.validation.steps
         return validation_batches(
@@ -86,6 +99,7 @@ class Stage:
             dp_degree=self.meshes.degrees.data,
             num_windows="all" if steps == -1 else steps * self.global_batch_size,
             finish=self.finish,
+            device=self.device,
         )
 
     def summary(self) -> str:

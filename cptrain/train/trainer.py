@@ -8,7 +8,7 @@ import math
 import random
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
 from functools import partial
 from typing import Any, Self
@@ -224,14 +224,15 @@ class Trainer:
         """
         length = self.stage.settings.training.seq_len
         totals = torch.zeros(2, len(ranges(length)), dtype=torch.float64, device=self.device)
-        for batch in self.stage.held_out_batches():  # as many on all ranks, so that all ask alike
-            if self._signal_on_any_rank(interruption.requested):
-                return None
-            shard = self.shard(batch)
-            head = partial(cross_entropy_each, labels=shard.labels)
-            with shard.documents_entered():
-                losses = self.model(shard.tokens, shard.positions, head=head)
-            totals += sums_by_range(losses, shard.labels != IGNORED, shard.positions, length)
+        with closing(self.stage.held_out_batches()) as batches:
+            for batch in batches:  # as many on all ranks, so that all ask alike
+                if self._signal_on_any_rank(interruption.requested):
+                    return None
+                shard = self.shard(batch)
+                head = partial(cross_entropy_each, labels=shard.labels)
+                with shard.documents_entered():
+                    losses = self.model(shard.tokens, shard.positions, head=head)
+                totals += sums_by_range(losses, shard.labels != IGNORED, shard.positions, length)
         losses, counts = self.stage.meshes.sum_over_batch(totals).tolist()
         return sum(losses) / max(sum(counts), 1), curves((losses, counts), length)
 
@@ -304,7 +305,7 @@ class Trainer:
         self.plan = before.changed(settings, self.shape)
         if self.plan.context is not before.context:
             apply_context_parallel(self.model, self.plan.context)
-        stage = Stage(settings, self.plan, self.texts, self.shape, tokens_seen=self.tokens_seen)
+        stage = Stage(settings, self.plan, self.texts, self.shape, tokens_seen=self.tokens_seen, device=self.device)
         self.startup_check(stage.context, stage.settings.training.seq_len)
         return stage
 
