@@ -257,8 +257,18 @@ def test_settings_report_all_problems_at_once(bad: list[str]) -> None:
         (4, "model.rope_factor=0.5 parallelism.ulysses_degree=3", "model.rope_factor parallelism.ulysses_degree"),
         (4, "model.vocab_size=100 parallelism.ring_degree=8", "model.vocab_size parallelism.ring_degree"),
         (4, "parallelism.chunk_size=0 training.seq_len=2047", "parallelism.chunk_size training.seq_len"),
-        (4, "model.num_heads=0 parallelism.ulysses_degree=3", "model.num_heads"),
-        (4, "model.num_heads=x parallelism.ulysses_degree=3", "model.num_heads"),
+        (
+            4,
+            "model.num_heads=0 parallelism.ulysses_degree=3",
+            "model.num_heads parallelism.ulysses_degree training.seq_len",
+        ),
+        (
+            4,
+            "model.num_heads=x parallelism.ulysses_degree=3",
+            "model.num_heads parallelism.ulysses_degree training.seq_len",
+        ),
+        (12, "model.num_heads=0 parallelism.ulysses_degree=3", "model.num_heads training.seq_len"),
+        (4, "model.num_kv_heads=3 training.seq_len=2046", "model.num_kv_heads training.seq_len"),
         (4, "model.flavor=x parallelism.ulysses_degree=3", "model.flavor parallelism.ulysses_degree"),
         (3, "parallelism.ring_degree=x training.seq_len=2047", "parallelism.ring_degree"),
         (2, "data.source=txt data.paths=x", "data.source"),
@@ -268,9 +278,18 @@ def test_settings_report_all_problems_at_once(bad: list[str]) -> None:
 def test_settings_hide_no_problem_but_those_that_rest_on_a_wrong_key(world: int, flags: str, keys: str) -> None:
     found = problems_of(world, "--parallelism.ring_degree=2", *[f"--{flag}" for flag in flags.split()])
     expected = keys.split()
-    if "ulysses_degree=3" in flags and "parallelism.ulysses_degree" in expected:
+    if "ulysses_degree=3" in flags and "num_heads" not in flags:
         assert any("8 heads and 4 kv heads over tensor degree 1 allow 1, 2, 4, 8" in problem for problem in found)
     assert list(dict.fromkeys(problem.partition(" ")[0] for problem in found)) == expected
+
+
+@pytest.mark.parametrize("method", ["auto", "ring", "ulysses", "hybrid", "all_gather"])
+def test_settings_say_nothing_of_degrees_that_wrong_heads_would_choose(method: str) -> None:
+    flags = ["--model.num_heads=0", "--parallelism.context_parallel_degree=4", "--parallelism.chunk_size=1024"]
+    flags += [f"--parallelism.context_parallel_method={method}", "--training.seq_len=2048"]
+    assert [problem.partition(" ")[0] for problem in problems_of(4, *flags)] == ["model.num_heads"]
+    found = [problem.partition(" ")[0] for problem in problems_of(6, *flags, "--training.seq_len=2044")]
+    assert found == ["model.num_heads", "parallelism.context_parallel_degree", "training.seq_len"]
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,7 @@ def resolve_degrees(
     """The size of every axis for a world and a model, and everything that stands against it.
 
     Where only the number of ranks is wrong, the degrees come with that: what they cut can be checked nevertheless.
+    num_heads, num_kv_heads: both 0 where they are not known; a context degree that they would divide is then all ring.
     windowed: whether the model has sliding windows, which weighs in what "auto" chooses.
     """
     found = [problem for problem in config.problems() if problem.key != "chunk_size"]  # which divides no ranks
@@ -234,7 +235,9 @@ def _split_context(
         ring, ulysses = (1 if degree == "auto" else degree for degree in (ring, ulysses))
         total = ring * ulysses
     elif ring == "auto" and ulysses == "auto":
-        if method == "auto":
+        if not num_heads:
+            ring, ulysses = total, 1
+        elif method == "auto":
             choice = choose_degrees(total, num_heads=num_heads, num_kv_heads=num_kv_heads, tp=tp, windowed=windowed)
             ring, ulysses = choice.ring, choice.ulysses
         else:
@@ -246,6 +249,7 @@ def _split_context(
         ulysses = max(1, int(total) // int(ring))
     ring, ulysses = int(ring), int(ulysses)
     before = len(problems)
+    heads_decide = config.ring_degree == config.ulysses_degree == "auto" != config.context_parallel_degree
     if ring * ulysses != total:
         problems.append(
             Problem(
@@ -268,7 +272,7 @@ def _split_context(
                 key="ring_degree", rule='the method "ulysses" needs 1', fix='set context_parallel_method = "hybrid"'
             )
         )
-    if method == "hybrid" and total > 1 and (ring == 1 or ulysses == 1):
+    if method == "hybrid" and total > 1 and (ring == 1 or ulysses == 1) and (num_heads or not heads_decide):
         problems.append(
             Problem(
                 key="context_parallel_method",

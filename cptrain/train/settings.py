@@ -171,22 +171,25 @@ class TrainSettings:
         if 0 < sizes["vocab_size"] < ids:
             yield Problem(key="model.vocab_size", rule=f"the tokenizer has {ids} ids", fix=f"set it to {ids} or more")
             sizes["vocab_size"] = 0
-        if world_size is None or not (sizes["num_heads"] and sizes["num_kv_heads"]):
+        if world_size is None:
             return
         if any(problem.key != "chunk_size" for problem in self.parallelism.problems()):
             return
+        heads_known = sizes["num_heads"] > 0 and sizes["num_kv_heads"] > 0
         for index in range(max(1, len(self.training.stages))):
             stage, where = self.at_stage(index), f"in training.stages[{index}]: " if self.training.stages else ""
             degrees, found = resolve_degrees(
                 stage.parallelism,
                 world_size=world_size,
-                num_heads=sizes["num_heads"],
-                num_kv_heads=sizes["num_kv_heads"],
+                num_heads=sizes["num_heads"] if heads_known else 0,
+                num_kv_heads=sizes["num_kv_heads"] if heads_known else 0,
                 windowed=sizes["window_size"] > 0 and sizes["full_attention_every"] != 1,
             )
             found = [replace(problem, key=f"parallelism.{problem.key}") for problem in found]
             if degrees is not None:
-                found += stage._problems_of_lengths(degrees)
+                lengths = stage._problems_of_lengths(degrees)
+                # Of how many ranks the ring is may rest with the heads.
+                found += [p for p in lengths if heads_known or p.key != "parallelism.chunk_size"]
                 found += _problems_of_widths(degrees.tp, ffn_dim=sizes["ffn_dim"], vocab_size=sizes["vocab_size"])
                 if degrees.world == world_size:  # or it is not known how many ranks read different data
                     found += stage._problems_of_batches(degrees)
