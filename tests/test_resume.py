@@ -28,6 +28,7 @@ from legs import (
 )
 from runs import GLOBAL_BATCH, small_settings, write_text
 
+from cptrain.data.settings import DataConfig
 from cptrain.models.settings import ModelConfig
 from cptrain.optim.settings import LRSchedulerConfig
 from cptrain.train.resume import plain_schedule, plain_shape, warn_of_other_schedule, warn_of_other_shape
@@ -370,13 +371,21 @@ def test_resume_with_other_data_or_another_model_is_refused_by_name(pool, settin
 
 def test_resume_with_another_shape_is_warned_of_by_key(caplog):
     shape = TrainSettings(model=ModelConfig(flavor="llama3.2-1b")).shape(512)
+    ours, older = plain_shape(shape, DataConfig()), dataclasses.asdict(shape)
     with caplog.at_level(logging.WARNING):
-        warn_of_other_shape(plain_shape(shape), plain_shape(shape))
-        warn_of_other_shape(plain_shape(shape), {})
+        for theirs in (ours, {}, json.loads(json.dumps(older))):
+            warn_of_other_shape(ours, theirs)
         assert not caplog.records
-        warn_of_other_shape(plain_shape(dataclasses.replace(shape, rope_theta=2.0)), plain_shape(shape))
+        warn_of_other_shape({**ours, "rope_theta": 2.0}, ours)
     (record,) = caplog.records
     assert record.getMessage().endswith(f": rope_theta = {shape.rope_theta} (here 2.0)")
+
+
+def test_resume_with_other_document_masks_is_warned_of_by_key(pool, settings_of):
+    pool.run(1, start, settings_of("one rank", training={"steps": 1}))
+    found = pool.run(1, start, settings_of("one rank", training={"steps": 2}, data={"document_mask": False}))
+    masks, positions = (f"data.{key} = True (here False)" for key in ("document_mask", "reset_positions"))
+    assert f"resuming a model that was trained with other settings: {masks}, {positions}" in found[0].log
 
 
 def test_resume_warns_of_a_model_that_only_its_tensors_match(pool, settings_of):

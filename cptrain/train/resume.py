@@ -8,6 +8,7 @@ import math
 from dataclasses import asdict
 from typing import Any
 
+from cptrain.data.settings import DataConfig
 from cptrain.models.shape import ModelShape
 from cptrain.optim.schedule import learning_rate
 from cptrain.train.settings import TrainSettings
@@ -28,12 +29,12 @@ def check_same_data(ours: dict[str, Any], theirs: dict[str, Any], *, job: str) -
 
 
 def warn_of_other_shape(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    """Name what tensors of equal shapes do not tell apart: heads, rope, windows.
+    """Name what tensors of equal shapes do not tell apart: heads, rope, windows, document masks.
 
-    ours, theirs: `plain_shape`; theirs is empty where there is no checkpoint, or one that does not say it.
+    ours, theirs: `plain_shape`; theirs is empty where there is no checkpoint, or says less if an older one.
     Only a warning: a longer context is trained with another rope_theta.
     """
-    if was := _differences(ours, theirs):
+    if was := _differences({key: value for key, value in ours.items() if key in theirs}, theirs):
         logger.warning(f"resuming a model that was trained with other settings: {was}")
 
 
@@ -62,9 +63,10 @@ def plain_schedule(settings: TrainSettings, step: int) -> dict[str, Any]:
     return {"step": step, "rate": rate, "settings": {"optimizer.lr": lr, **keys}}
 
 
-def plain_shape(shape: ModelShape) -> dict[str, Any]:
-    """The shape as a checkpoint keeps it."""
-    return json.loads(json.dumps(asdict(shape)))
+def plain_shape(shape: ModelShape, data: DataConfig) -> dict[str, Any]:
+    """The shape, and what its attention is shown, as a checkpoint keeps it."""
+    shown = {"data.document_mask": data.document_mask, "data.reset_positions": data.resolved_reset_positions()}
+    return json.loads(json.dumps(asdict(shape))) | shown
 
 
 def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> str:

@@ -254,7 +254,7 @@ class Trainer:
             "step": self.step,
             "tokens_seen": self.tokens_seen,
             "data": self.stage.windows.identity(),
-            "model": plain_shape(self.shape),
+            "model": plain_shape(self.shape, self.settings.data),
             "schedule": plain_schedule(self.settings, self.step),
             "world_size": self.world_size,
         }
@@ -318,7 +318,7 @@ class Trainer:
         rng.restore(state[rng.SECTION])
         self.step, self.tokens_seen = found["step"], found["tokens_seen"]
         if self.rank == 0:
-            warn_of_other_shape(plain_shape(self.shape), found.get("model", {}))
+            warn_of_other_shape(plain_shape(self.shape, self.settings.data), found.get("model", {}))
             warn_of_other_schedule(plain_schedule(self.settings, self.step), found.get("schedule", {}))
         return found["data"]
 
