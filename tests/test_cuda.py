@@ -35,6 +35,7 @@ from cptrain.context_parallel.kernels import (
 )
 from cptrain.context_parallel.launches import Launch, take
 from cptrain.context_parallel.merging import merge, merge_in_torch
+from cptrain.context_parallel.packed_batch import COMPARED
 from cptrain.context_parallel.schedule import Block, Shape
 from cptrain.distributed import transport
 from cptrain.distributed.side_stream import MOST_BEHIND, SideStream
@@ -302,7 +303,7 @@ def test_cuda_attention_over_a_new_batch_of_documents_never_makes_the_host_wait(
 
     with simulated_ranks(ranks // 2, ranks, torch.device("cuda")):
         plan = test_packed.make_plan(device="cuda", chunk_size=48, **options)
-        for name in ("a", "b", "c"):  # ranks compare what they read, kernels are called for the first time
+        for name in ("a", "b", "c")[:COMPARED]:  # ranks compare these, and kernels are called for the first time
             run(name)
         torch.cuda.set_sync_debug_mode("error")
         try:

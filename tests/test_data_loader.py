@@ -15,6 +15,7 @@ import torch
 from test_data_corpus import corpus_of
 from test_data_windows import random_texts
 
+from cptrain.data import loader
 from cptrain.data.loader import Batch, TrainBatches, validation_batches
 from cptrain.data.split import split_documents
 from cptrain.data.windows import IGNORE, Windows
@@ -196,34 +197,69 @@ def test_data_loader_error_comes_in_the_place_of_its_batch(windows: Windows) -> 
     with pytest.raises(OSError, match="no such document"):
         next(batches)
     assert batches._taken == 2
+    with pytest.raises(RuntimeError, match="could not be built"):
+        next(batches)
     batches.close()
 
 
-@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+class Lost:
+    """Batches of which the first is lost, and would be waited for for ever."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def __iter__(self) -> Lost:
+        return self
+
+    def __next__(self) -> Batch:
+        self.asked += 1
+        if self.asked > 1:
+            time.sleep(60)
+        raise OSError("lost")
+
+
+def test_data_loader_does_not_ask_again_for_a_lost_batch() -> None:
+    lost = Lost()
+    batches = loader._built_ahead(lost, 3, torch.device("cpu"))
+    with pytest.raises(OSError, match="lost"):
+        next(batches)
+    assert lost.asked == 1
+
+
+def test_data_loader_keeps_no_file_of_a_workers_batch_open(windows: Windows) -> None:
+    batches = batches_of(windows, workers=1)
+    try:
+        assert not any(x.is_shared() for x in next(batches).values())
+    finally:
+        batches.close()
+
+
+@pytest.mark.parametrize("place", ["cpu", "cuda:3", "cuda:0", "cuda"])
 def test_data_loader_pins_what_goes_to_cuda_by_way_of_that_device(
-    windows: Windows, monkeypatch: pytest.MonkeyPatch, kind: str
+    windows: Windows, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
-    chosen: dict[threading.Thread, torch.device] = {}
-    pinned: list[torch.device] = []
+    chosen: dict[threading.Thread, int] = {}
+    pinned: list[int] = []
+    device = torch.device(place)
 
     def pin(x: torch.Tensor) -> torch.Tensor:
         pinned.append(chosen[threading.current_thread()])
         return x + 1
 
     monkeypatch.setattr(torch.cuda, "set_device", lambda to: chosen.update({threading.current_thread(): to}))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 5)
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
-    device = torch.device(kind, 3 if kind == "cuda" else None)
     batches = batches_of(windows, local=8, device=device)
     batch, expected = next(batches), next(batches_of(windows, local=8))
     batches.close()
     places = {"local_batch_size": 8, "dp_rank": 0, "dp_degree": 1, "num_windows": 8}
     held_out = list(validation_batches(windows, **places, device=device))  # type: ignore[arg-type]
     assert len(held_out) == 1
-    if kind == "cpu":
+    if place == "cpu":
         assert not pinned and not chosen
         return
-    assert all(torch.equal(batch[name], expected[name] + 1) for name in expected)
-    assert set(pinned) == {device} and len(pinned) >= 2 * len(expected)
+    assert all(torch.equal(batch[name], expected[name] + (name != "document_ids")) for name in expected)
+    assert set(pinned) == {5 if device.index is None else device.index} and len(pinned) >= 6
 
 
 def test_data_loader_close_stops_its_workers(windows: Windows) -> None:

@@ -25,7 +25,7 @@ from cptrain.context_parallel.kernels import (
     forward_block,
     forward_launch,
 )
-from cptrain.context_parallel.launches import Launch, Segments, accumulate, plan_launches, put, take
+from cptrain.context_parallel.launches import Launch, Segments, accumulate, plan_launches, put, segments_of, take
 from cptrain.context_parallel.merging import merge
 from cptrain.context_parallel.schedule import Block, Shape
 
@@ -375,10 +375,9 @@ def test_kernel_reference_scores_few_rows_at_a_time_and_is_the_same(monkeypatch,
 
 
 def packed_problem() -> tuple[Segments, tuple[torch.Tensor, ...]]:
-    lengths = torch.tensor([0, 5, 1, 9]).cumsum(0).to(torch.int32)
     generator = torch.Generator().manual_seed(3)
     q, k, v, dout = (torch.randn(1, heads, 15, 8, generator=generator, dtype=torch.float64) for heads in (6, 2, 2, 6))
-    return Segments(lengths, lengths, 9, 9), (q, k, v, dout)
+    return segments_of((5, 1, 9), (5, 1, 9), q.device), (q, k, v, dout)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -399,8 +398,7 @@ def test_kernel_of_packed_segments_equals_the_dense_formula_of_each(kernel, caus
 )
 def test_kernel_of_packed_segments_is_called_as_its_operator_wants_it(kernel):
     """Shapes and dtypes only, without a device."""
-    offsets = torch.empty(4, device="meta", dtype=torch.int32)
-    packed = Segments(offsets, offsets, 20, 20)
+    packed = segments_of((20, 5, 15), (20, 1, 3), torch.device("meta"))
     q = torch.empty(1, 4, 40, 16, device="meta", dtype=torch.bfloat16)
     k, v = (torch.empty(1, 2, 24, 16, device="meta", dtype=torch.bfloat16) for _ in range(2))
     out, lse = kernel.forward_packed(q, k, v, packed, True, 0.5)

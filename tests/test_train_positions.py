@@ -67,7 +67,7 @@ def test_positions_of_held_out_text_are_the_same_on_any_mesh_and_add_up(pool, tm
 
 
 def validated_without_batches(rank: int, world: int, folder, text: str) -> list[dict]:
-    with mock.patch.object(Stage, "held_out_batches", return_value=()):
+    with mock.patch.object(Stage, "held_out_batches", side_effect=lambda: (batch for batch in ())):
         return validated(rank, world, folder, text)
 
 

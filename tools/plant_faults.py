@@ -169,9 +169,8 @@ FAULTS = (
         "torn-segments",
         "of blocks in one kernel call, the second begins a key early",
         "launches.py",
-        "return Segments(_offsets(queries, device), _offsets(keys, device), max(queries), max(keys))",
-        "return Segments(_offsets(queries, device), _offsets([keys[0] - 1, *keys[1:-1], keys[-1] + 1], device), "
-        "max(queries), max(keys))",
+        "return segments_of(queries, keys, device)",
+        "return segments_of(queries, [keys[0] - 1, *keys[1:-1], keys[-1] + 1], device)",
     ),
     Fault(
         "narrow-gradients",

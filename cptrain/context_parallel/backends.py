@@ -60,7 +60,7 @@ def flash_forward_packed(
     q: Tensor, k: Tensor, v: Tensor, packed: Segments, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     q, k, v = (_by_token(x) for x in (q, k, v))
-    out, lse, *_ = aten._flash_attention_forward(q, k, v, *packed, 0.0, causal, False, scale=scale)
+    out, lse, *_ = aten._flash_attention_forward(q, k, v, *packed[:4], 0.0, causal, False, scale=scale)
     return out.transpose(0, 1).unsqueeze(0), lse.unsqueeze(0)
 
 
@@ -78,7 +78,7 @@ def flash_backward_packed(
     tensors = [_by_token(x) for x in (dout, q, k, v, out)]
     unused = torch.empty((), dtype=torch.uint64, device=q.device)
     grads = aten._flash_attention_backward(
-        *tensors, lse[0].contiguous(), *packed, 0.0, causal, unused, unused, scale=scale
+        *tensors, lse[0].contiguous(), *packed[:4], 0.0, causal, unused, unused, scale=scale
     )
     dq, dk, dv = (grad.transpose(0, 1).unsqueeze(0) for grad in grads)
     return dq, dk, dv

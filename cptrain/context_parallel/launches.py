@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import accumulate as running_sums
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -43,12 +44,17 @@ class Launch(NamedTuple):
 
 
 class Segments(NamedTuple):
-    """Where each of several packed blocks begins and ends: int32 offsets [blocks + 1] on the device, longest block."""
+    """Where each of several packed blocks begins and ends.
+
+    q_offsets, k_offsets: int32 [blocks + 1] on the device, and the longest of each: as kernels take them, and first.
+    cuts: queries and keys of each, for the host.
+    """
 
     q_offsets: torch.Tensor
     k_offsets: torch.Tensor
     longest_q: int
     longest_k: int
+    cuts: tuple[tuple[slice, slice], ...]
 
 
 @lru_cache(maxsize=1024)
@@ -166,11 +172,15 @@ def segments(launch: Launch, device: torch.device, stream: int) -> Segments:
     queries, keys = ([stop - start for start, stop in ranges] for ranges in (launch.rows, launch.columns))
     if launch.shape is Shape.UPPER:
         queries, keys = queries[::-1], keys[::-1]
-    return Segments(_offsets(queries, device), _offsets(keys, device), max(queries), max(keys))
+    return segments_of(queries, keys, device)
 
 
-def _offsets(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
-    return send(torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32), device)
+def segments_of(queries: Sequence[int], keys: Sequence[int], device: torch.device) -> Segments:
+    """The segments of so many queries and keys each."""
+    q_ends, k_ends = ([0, *running_sums(lengths)] for lengths in (queries, keys))
+    cuts = tuple((slice(*q), slice(*k)) for q, k in zip(pairwise(q_ends), pairwise(k_ends), strict=True))
+    q_offsets, k_offsets = (send(torch.tensor(ends, dtype=torch.int32), device) for ends in (q_ends, k_ends))
+    return Segments(q_offsets, k_offsets, max(queries), max(keys), cuts)
 
 
 @lru_cache(maxsize=128)  # on the device: as many numbers as there are tokens in the ranges

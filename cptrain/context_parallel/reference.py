@@ -6,7 +6,6 @@ Shapes are those of `kernels.Kernel`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -68,7 +67,7 @@ def reference_backward(
 def reference_forward_packed(
     q: Tensor, k: Tensor, v: Tensor, packed: Segments, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    results = [reference_forward(q[:, :, rows], k[:, :, at], v[:, :, at], causal, scale) for rows, at in _cuts(packed)]
+    results = [reference_forward(q[:, :, rows], k[:, :, at], v[:, :, at], causal, scale) for rows, at in packed.cuts]
     outs, lses = zip(*results, strict=True)
     return torch.cat(outs, 2), torch.cat(lses, 2)
 
@@ -85,15 +84,8 @@ def reference_backward_packed(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     results = []
-    for rows, at in _cuts(packed):
+    for rows, at in packed.cuts:
         tensors = (dout[:, :, rows], q[:, :, rows], k[:, :, at], v[:, :, at], out[:, :, rows], lse[:, :, rows])
         results.append(reference_backward(*tensors, causal, scale))
     dq, dk, dv = (torch.cat(parts, 2) for parts in zip(*results, strict=True))
     return dq, dk, dv
-
-
-def _cuts(packed: Segments) -> Iterator[tuple[slice, slice]]:
-    """Queries and keys of each segment."""
-    queries, keys = packed.q_offsets.tolist(), packed.k_offsets.tolist()
-    for number in range(len(queries) - 1):
-        yield slice(*queries[number : number + 2]), slice(*keys[number : number + 2])

@@ -10,9 +10,10 @@ so a step reads one run of global indices whatever the number of ranks, and one 
 where to go on.
 
 [Note: batches are built ahead]
-A thread builds what the next step reads while this one runs, so that no step waits for its documents to be dealt. What
-it costs is time of the interpreter; worker processes, if there are any, take that over too. On CUDA the batches lie in
-pinned memory, from which they are copied without the host waiting.
+A thread builds what the next step reads while this one runs, so that no step waits for its documents to be dealt: two
+steps of batches are in memory. What it costs is time of the interpreter; worker processes, if there are any, take that
+over too, and their batches are copied, lest a step's worth of them stays open as files in shared memory. What goes to a
+CUDA device lies in pinned memory, from which it is copied without the host waiting.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch.utils.data import default_collate
@@ -36,6 +37,7 @@ from cptrain.data.windows import IGNORE, Windows
 Batch = dict[str, torch.Tensor]
 Finish = Callable[[Batch], Batch]
 CPU = torch.device("cpu")
+SENT = ("tokens", "labels", "positions")  # of a batch, to the device; the rest is for the host
 
 
 class _Indices:
@@ -123,7 +125,9 @@ class TrainBatches:
             # Begun here: what tells of a worker that has died is heard by the main thread alone.
             self._batches = _built_ahead(iter(self._loader), self.micro_batches, self._device)
             atexit.register(_close_at_exit, weakref.ref(self))
-        batch = next(self._batches)
+        batch = next(self._batches, None)
+        if batch is None:
+            raise RuntimeError("a batch before this one could not be built; begin anew at its index")
         self._taken += 1
         return batch
 
@@ -157,8 +161,16 @@ def _ignore_signals(_worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+class Numbered(Protocol):
+    """Windows by number, from 0 on."""
+
+    def __len__(self) -> int: ...
+
+    def window(self, number: int) -> Batch: ...
+
+
 def validation_batches(
-    windows: Windows,
+    windows: Numbered,
     *,
     local_batch_size: int,
     dp_rank: int,
@@ -188,14 +200,24 @@ def validation_batches(
 
 
 def _built_ahead(batches: Iterator[Batch], count: int, device: torch.device) -> Generator[Batch]:
-    """The same batches, `count` of them built in a thread before they are asked for; errors come in their places."""
+    """The same batches, `count` of them built in a thread before they are asked for.
+
+    An error comes in the place of its batch, which is the last: who has lost one may wait for it for ever.
+    """
+    pins_for, ended = None, False
+    if device.type == "cuda":  # the thread has a current device of its own, so one without an index is looked up here
+        pins_for = torch.cuda.current_device() if device.index is None else device.index
 
     def build() -> Batch | None:
-        batch = next(batches, None)
-        if batch is None or device.type != "cuda":
-            return batch
-        torch.cuda.set_device(device)  # of this thread, or memory is pinned by way of the first one
-        return {name: x.pin_memory() for name, x in batch.items()}
+        nonlocal ended
+        if ended:
+            return None
+        try:
+            batch = next(batches, None)
+            return None if batch is None else {name: _kept(x, name, pins_for) for name, x in batch.items()}
+        except BaseException:
+            ended = True
+            raise
 
     with ThreadPoolExecutor(1, "batches") as thread:
         ahead = deque(thread.submit(build) for _ in range(count))
@@ -204,8 +226,17 @@ def _built_ahead(batches: Iterator[Batch], count: int, device: torch.device) -> 
                 ahead.append(thread.submit(build))
                 yield batch
         finally:
+            ended = True
             for future in ahead:
                 future.cancel()
+
+
+def _kept(x: torch.Tensor, name: str, pins_for: int | None) -> torch.Tensor:
+    """What is built, as it waits to be used; see [Note: batches are built ahead]."""
+    if pins_for is None or name not in SENT:
+        return x.clone() if x.is_shared() else x
+    torch.cuda.set_device(pins_for)  # of this thread, or memory is pinned by way of the first one
+    return x.pin_memory()
 
 
 def _build_batch(samples: list[Batch], *, finish: Finish | None) -> Batch:
@@ -220,7 +251,7 @@ def _check_place(local_batch_size: int, dp_rank: int, dp_degree: int) -> None:
         raise ValueError(f"dp_rank = {dp_rank}: must be in range({dp_degree}), the data-parallel degree")
 
 
-def _window_or_padding(windows: Windows, number: int, total: int) -> Batch:
+def _window_or_padding(windows: Numbered, number: int, total: int) -> Batch:
     if number < total:
         return windows.window(number)
     padding = windows.window(0)
