@@ -21,6 +21,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+# Among it the compiler, which torch imports at a worker's first step otherwise: a second and a half.
 PRELOAD = [
     "torch",
     "torch.distributed",

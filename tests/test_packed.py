@@ -18,6 +18,7 @@ from tolerance import assert_matches
 from torch.distributed.device_mesh import init_device_mesh
 
 from cptrain.context_parallel import ContextParallel, carrier, hops, memory_order, parts
+from cptrain.context_parallel.packed_batch import PackedBatch
 from cptrain.context_parallel.packing import Moved, Packer, find_documents
 from cptrain.distributed.transport import recorded_messages
 from cptrain.parallel.activation_checkpoint import apply_activation_checkpoint
@@ -122,14 +123,18 @@ def make_plan(
     return ContextParallel(mesh, layout="balanced", **{"chunk_size": CHUNK, **options})
 
 
-def sharded(cp: ContextParallel, q, k, v, dout, ids: torch.Tensor, window_size: int | None):
-    """The same through a plan, gathered to global order."""
-    batch = cp.pack(ids)
+def shards(cp: ContextParallel, batch: PackedBatch, q, k, v, dout, window_size: int | None) -> tuple[torch.Tensor, ...]:
+    """The same through a plan: what this rank has of it."""
     q, k, v = (x.requires_grad_() for x in batch.shard(q, k, v, dim=2))
     with batch:
         out = cp.attention(q, k, v, is_causal=True, window_size=window_size)
-        grads = torch.autograd.grad(out, (q, k, v), batch.shard(dout, dim=2))
-    return gathered(batch, out, *grads)
+        return out, *torch.autograd.grad(out, (q, k, v), batch.shard(dout, dim=2))
+
+
+def sharded(cp: ContextParallel, q, k, v, dout, ids: torch.Tensor, window_size: int | None):
+    """The same through a plan, gathered to global order."""
+    batch = cp.pack(ids)
+    return gathered(batch, *shards(cp, batch, q, k, v, dout, window_size))
 
 
 def check_every_pack(rank: int, world: int, options: dict[str, Any], device: str = "cpu") -> None:
@@ -143,11 +148,12 @@ def check_every_pack(rank: int, world: int, options: dict[str, Any], device: str
         window_size = 5 if (number + kind) % 2 else None
         inputs, ids = problem(heads, kv_heads, length=length, device=device), ids_of(names, length)
         expected = single_process(*inputs, ids, window_size)
-        actual = sharded(plan, *inputs, ids, window_size)
+        batch = plan.pack(ids)
+        actual = shards(plan, batch, *inputs, window_size)
         for name, a, e in zip(("out", "dq", "dk", "dv"), actual, expected, strict=True):
             # A pack of single tokens alone has no gradient at queries; its row here is one of two.
             try:
-                assert_matches(a, e)
+                assert_matches(a, batch.shard(e, dim=2), whole=e)
             except AssertionError as error:
                 raise AssertionError(
                     f"{name}, {names}, {heads}/{kv_heads} heads, window {window_size}: {error}"
