@@ -36,13 +36,23 @@ def cross_entropy_sum(hidden: Tensor, output: nn.Linear, labels: Tensor) -> Tens
     return _CrossEntropySum.apply(hidden.flatten(0, 1), weight, labels.flatten(), first, group, needs_grad)
 
 
-@torch.no_grad()
 def cross_entropy_each(hidden: Tensor, output: nn.Linear, labels: Tensor) -> Tensor:
     """The terms of `cross_entropy_sum` [B, T], 0 where the label is -100; without gradients."""
+    return torch.cat([chunk.losses for chunk in _chunks(hidden, output, labels)]).view(labels.shape)
+
+
+def correct_each(hidden: Tensor, output: nn.Linear, labels: Tensor) -> Tensor:
+    """Whether no other token has a larger logit than the label, bool [B, T]; False where the label is -100."""
+    return torch.cat([chunk.correct for chunk in _chunks(hidden, output, labels)]).view(labels.shape)
+
+
+@torch.no_grad()
+def _chunks(hidden: Tensor, output: nn.Linear, labels: Tensor) -> Iterator[_Chunk]:
+    """All tokens, chunk by chunk."""
     hidden, weight, first, group = _local(hidden, output)
     rows, targets = hidden.flatten(0, 1), labels.flatten()
-    losses = [_Chunk(rows[part], weight, targets[part], first, group).losses for part in _parts(rows, weight)]
-    return torch.cat(losses).view(labels.shape)
+    for part in _parts(rows, weight):
+        yield _Chunk(rows[part], weight, targets[part], first, group)
 
 
 def _local(hidden: Tensor, output: nn.Linear) -> tuple[Tensor, Tensor, int, dist.ProcessGroup | None]:
@@ -71,7 +81,10 @@ def _parts(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
 
 
 class _Chunk:
-    """Some tokens: losses [n], and what the gradient of their logits follows from. Holds their logits."""
+    """Some tokens: losses [n], whether each label is correct, and what the gradient of their logits follows from.
+
+    Holds their logits.
+    """
 
     def __init__(
         self, hidden: Tensor, weight: Tensor, labels: Tensor, first: int, group: dist.ProcessGroup | None
@@ -90,6 +103,7 @@ class _Chunk:
             dist.all_reduce(sums, group=group)
         target, self._denominator = sums
         self.losses = torch.where(self._valid, self._denominator.log() - target, 0)
+        self.correct = self._valid & (target == 0)  # which is the label's logit less the largest
 
     def dlogits(self) -> Tensor:
         """softmax - one hot, and nothing for ignored tokens; in the memory of the logits."""

@@ -24,6 +24,7 @@ from cptrain.distributed.transport import (
     Messenger,
     Pair,
     all_to_all,
+    end,
     group_rank,
     group_size,
     recorded_messages,
@@ -168,16 +169,12 @@ def collect(rank: int, world: int) -> tuple[dict, list, list, list[Message]]:
     with recorded_messages() as messages:
         others = [(rank + step) % world for step in range(1, world)]
         received = {source: torch.empty(2) for source in others}
-        works = all_to_all(
-            name, [Pair(to, (torch.full((2,), 10.0 * rank + to),), to, (received[to],)) for to in others]
-        )
-        for sent in works:
-            sent.wait()
+        end(all_to_all(name, [Pair(to, (torch.full((2,), 10.0 * rank + to),), to, (received[to],)) for to in others]))
         gathering = Gathering(name)
-        gathered, work = gathering.post(torch.full((2,), rank))
-        work.wait()
+        gathered, works = gathering.post(torch.full((2,), rank))
+        end(works)
         waited, nothing = Gathering(name, overlap=False).post(torch.full((2,), rank))
-        assert nothing is None
+        assert nothing == []
         assert torch.equal(waited, gathered)
         summed = gathering.reduce_scatter(torch.arange(world * 2.0).view(world, 2) * (rank + 1))
     return {source: x.tolist() for source, x in received.items()}, gathered.tolist(), summed.tolist(), messages

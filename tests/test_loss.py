@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cptrain import loss
-from cptrain.loss import IGNORED, cross_entropy_each, cross_entropy_sum
+from cptrain.loss import IGNORED, correct_each, cross_entropy_each, cross_entropy_sum
 
 BATCH, LENGTH, DIM, VOCABULARY = 2, 12, 6, 20
 
@@ -73,6 +73,27 @@ def test_loss_of_each_token_equals_cross_entropy(monkeypatch, dtype):
     assert_each_matches(ours, *problem(dtype))
     of_logits = {shape for shape in shapes.seen if len(shape) == 2 and shape[1] == VOCABULARY and shape[0] != DIM}
     assert max(of_logits) == (5, VOCABULARY)
+
+
+def answers(hidden: torch.Tensor, output: nn.Linear) -> tuple[torch.Tensor, torch.Tensor]:
+    """Labels [B, T] that are the likeliest token, the second likeliest or ignored by turns, and which are correct."""
+    ranked = F.linear(hidden.detach(), output.weight.detach()).argsort(-1, descending=True)
+    turn = torch.arange(BATCH * LENGTH).view(BATCH, LENGTH) % 3
+    labels = ranked.gather(-1, turn.clamp(max=1).unsqueeze(-1)).squeeze(-1)
+    return labels.masked_fill(turn == 2, IGNORED), turn == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_loss_label_is_correct_where_no_other_token_is_likelier(monkeypatch, dtype):
+    monkeypatch.setattr(loss, "CHUNK_TOKENS", 5)
+    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 1)
+    hidden, output, _ = problem(dtype)
+    labels, expected = answers(hidden, output)
+    found = correct_each(hidden, output, labels)
+    assert torch.equal(found, expected) and not found.requires_grad
+    with torch.no_grad():
+        output.weight.zero_()
+    assert torch.equal(correct_each(hidden, output, labels), labels != IGNORED)
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 12, 23, 24, 25])
@@ -189,6 +210,9 @@ def check_tensor_parallel(rank: int, world: int) -> None:
         assert_all_match((ours[0], ours[1].full_tensor(), ours[2].full_tensor()), theirs)
         each = cross_entropy_each(*distributed_problem(mesh, vocabulary))
         assert_each_matches(each, *problem(vocabulary=vocabulary))
+        hidden, output, _ = distributed_problem(mesh, vocabulary)
+        labels, correct = answers(*problem(vocabulary=vocabulary)[:2])
+        assert torch.equal(correct_each(hidden, output, labels), correct)
 
 
 @pytest.mark.parametrize("world", [2, 4])

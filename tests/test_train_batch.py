@@ -122,3 +122,11 @@ def test_batch_flops_that_are_logged_are_those_of_documents(pool, tmp_path: Path
     assert logged["long_context/docs_per_seq"] == 2.0
     assert logged["long_context/padding(%)"] == 100 * 52 / 256
     assert ("cp/work_imbalance" in logged) == ("cp/keys_moved(%)" in logged) == masked
+    assert 0 < logged["cp/comm_exposed(%)"] < 100
+
+
+def test_batch_of_one_rank_has_no_curves_of_context_parallel(pool, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("a" * 3000)
+    pool.run(1, train, tmp_path)
+    logged = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert not [key for key in logged if key.startswith("cp/")]

@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from cptrain.context_parallel import ContextParallel
 from cptrain.context_parallel.kernels import backward_block, choose_kernel, forward_block
 from cptrain.context_parallel.schedule import Shape
+from cptrain.distributed.standstill import Standstill, measured_standstill
 
 Run = Callable[[], Any]
 
@@ -45,51 +46,19 @@ class Row:
 
 
 class Traffic:
-    """Bytes that this rank sends and the time its computation stands still for messages, while `counted` runs.
+    """Bytes that this rank sends, and how long its computation stands still for messages, while `counted` runs.
 
-    Bytes are those that a rank must send whatever the algorithm: N - 1 parts for a gathering or a reduce-scatter. On
-    CPU the time is the host's, in posting and waiting; on CUDA it is the current stream's.
+    Bytes are those that a rank must send whatever the algorithm: N - 1 parts for a gathering or a reduce-scatter.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._seconds = 0.0
-        self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+    def __init__(self, standstill: Standstill) -> None:
+        self.standstill = standstill
         self.sent_bytes = 0
-
-    def exposed_s(self) -> float:
-        """Seconds of standing still; the device must have finished."""
-        return self._seconds + sum(begin.elapsed_time(end) for begin, end in self._spans) / 1e3
-
-    def standing(self, work: Run) -> Any:
-        """What `work` returns, its time counted as exposed."""
-        if not self._cuda:
-            start = time.perf_counter()
-            result = work()
-            self._seconds += time.perf_counter() - start
-            return result
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        result = work()
-        end.record()
-        self._spans.append((begin, end))
-        return result
-
-
-class _Waited:
-    """A work whose wait is counted."""
-
-    def __init__(self, work: dist.Work, traffic: Traffic) -> None:
-        self._work, self._traffic = work, traffic
-
-    def wait(self) -> None:
-        self._traffic.standing(self._work.wait)
 
 
 @contextmanager
 def counted(device: torch.device) -> Iterator[Traffic]:
     """Counts every message of this process while the block runs."""
-    traffic = Traffic(device)
     names = ["batch_isend_irecv"]
     # Newer versions of torch have two names for the collectives of one tensor.
     for new, old in (
@@ -99,25 +68,25 @@ def counted(device: torch.device) -> Iterator[Traffic]:
         names += [name for name in (new, old) if hasattr(dist, name)]
     originals = {name: getattr(dist, name) for name in names}
 
-    def batch(operations: list[dist.P2POp]) -> list[_Waited]:
+    def batch(operations: list[dist.P2POp]) -> list[dist.Work]:
         traffic.sent_bytes += sum(o.tensor.nbytes for o in operations if o.op is dist.isend)
-        works = traffic.standing(lambda: originals["batch_isend_irecv"](operations))
-        return [_Waited(work, traffic) for work in works]
+        return originals["batch_isend_irecv"](operations)
 
     def collective(name: str) -> Callable[..., Any]:
         def call(output: torch.Tensor, given: torch.Tensor, *positional: Any, **options: Any) -> Any:
             size = dist.get_world_size(options["group"])
             sends_all = name.startswith("all_gather")
             traffic.sent_bytes += given.nbytes * (size - 1) // (1 if sends_all else size)
-            work = traffic.standing(lambda: originals[name](output, given, *positional, **options))
-            return _Waited(work, traffic) if work is not None else None
+            return originals[name](output, given, *positional, **options)
 
         return call
 
     for name in names:
         setattr(dist, name, batch if name == "batch_isend_irecv" else collective(name))
     try:
-        yield traffic
+        with measured_standstill(device) as standstill:
+            traffic = Traffic(standstill)
+            yield traffic
     finally:
         for name, original in originals.items():
             setattr(dist, name, original)
@@ -254,5 +223,5 @@ def measure(
                 taken = seconds(run, device, together=together, repeats=repeats)
             row.single_s.append(alone[row.passes])
             row.method_s.append(taken)
-            row.exposed_s.append(traffic.exposed_s() / repeats)
+            row.exposed_s.append(traffic.standstill.seconds() / repeats)
     return rows

@@ -24,7 +24,7 @@ from cptrain.context_parallel.mask import Mask
 from cptrain.context_parallel.memory_order import new_heads
 from cptrain.context_parallel.sums import Sum
 from cptrain.distributed.sending import current_stream, send
-from cptrain.distributed.transport import Gathering, group_rank
+from cptrain.distributed.transport import Gathering, end, group_rank
 
 
 class AllGather:
@@ -65,16 +65,15 @@ class AllGather:
         _, to_sequence = self._chunk_orders(k)
         under_way = self._post(k, v, 0)
         for head in range(k.size(1)):
-            parts, work = under_way
-            if work is not None:
-                work.wait()
+            parts, works = under_way
+            end(works)
             if head + 1 < k.size(1):
                 under_way = self._post(k, v, head + 1)
             both = self._reordered(parts, to_sequence).view(k.size(0), 1, self._layout.length, -1)
             keys, values = both.split([k.size(-1), v.size(-1)], -1)
             visit(Piece(keys, values, self._blocks, first_head=head))
 
-    def _post(self, k: torch.Tensor, v: torch.Tensor, head: int) -> tuple[torch.Tensor, dist.Work | None]:
+    def _post(self, k: torch.Tensor, v: torch.Tensor, head: int) -> tuple[torch.Tensor, list[dist.Work]]:
         both = k.new_empty(k.size(0), 1, k.size(2), k.size(-1) + v.size(-1))
         both[..., : k.size(-1)] = k[:, head : head + 1]
         both[..., k.size(-1) :] = v[:, head : head + 1]

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from cptrain.context_parallel.memory_order import new_tokens, stored
-from cptrain.distributed.transport import Pair, all_to_all, group_rank, group_size
+from cptrain.distributed.transport import Pair, all_to_all, end, group_rank, group_size
 
 
 @torch.library.custom_op("cptrain::sequence_to_heads", mutates_args=())
@@ -66,8 +66,7 @@ def _exchange(
     works = all_to_all(group, pairs)
     for place, parts in zip(places, given, strict=True):
         place[rank].copy_(parts[rank])
-    for work in works:
-        work.wait()
+    end(works)
     for target, x in landed:
         target.copy_(x)
 

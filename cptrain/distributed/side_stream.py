@@ -17,6 +17,8 @@ from functools import lru_cache
 
 import torch
 
+from cptrain.distributed.standstill import standing_still
+
 MOST_BEHIND = 2  # pieces of work
 AT_ONCE = 3  # sums of small blocks that make one piece of work: changing streams costs the host 20 microseconds
 
@@ -41,7 +43,8 @@ class SideStream:
         caller = torch.cuda.current_stream(self._stream.device)
         if len(self._running) == MOST_BEHIND:
             done, read = self._running.popleft()
-            caller.wait_event(done)
+            with standing_still():  # such work may itself wait for messages
+                caller.wait_event(done)
             del read  # not before the caller's stream waits
         self._stream.wait_stream(caller)
         try:
@@ -68,7 +71,8 @@ class SideStream:
         """The caller's stream goes on when all work is done."""
         self.flush()
         if self._stream is not None:
-            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+            with standing_still():
+                torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
         self._running.clear()
 
 

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _resolve_process_group, _world
 
+from cptrain.distributed.standstill import standing_still
+
 Kind = Literal["send", "all_to_all", "all_gather", "reduce_scatter"]
 
 PROBE_BYTES = 128 * 2**20  # of one message that measures a link: a third of a millisecond of the fastest
@@ -108,8 +110,7 @@ class Messenger:
 
     def wait(self) -> None:
         """End the messages in flight, if any. On CUDA the current stream waits, not the host."""
-        for work in self._works:
-            work.wait()
+        end(self._works)
         self._works = []
         self._held = []
 
@@ -123,7 +124,18 @@ def _start(group: dist.ProcessGroup, pairs: Sequence[Pair]) -> list[dist.Work]:
                 operations.append(dist.P2POp(dist.isend, out, dist.get_global_rank(group, to), group=group))
             if there is not None:
                 operations.append(dist.P2POp(dist.irecv, there, dist.get_global_rank(group, source), group=group))
-    return dist.batch_isend_irecv(operations) if operations else []
+    if not operations:
+        return []
+    with standing_still():
+        return dist.batch_isend_irecv(operations)
+
+
+def end(works: Sequence[dist.Work]) -> None:
+    """Wait for messages that were started. On CUDA the current stream does, not the host."""
+    if works:
+        with standing_still():
+            for work in works:
+                work.wait()
 
 
 def _in_order(send: torch.Tensor) -> bool:
@@ -140,35 +152,36 @@ def _named(new: str, old: str) -> Callable[..., Any]:
 
 
 class Gathering:
-    """Collectives that collect one part from every rank while the caller computes: `post`, then `wait`."""
+    """Collectives that collect one part from every rank while the caller computes: `post`, then `end`."""
 
     def __init__(self, group_name: str, *, overlap: bool = True) -> None:
         self._group = resolve(group_name)
         self._overlap = overlap
 
-    def post(self, part: torch.Tensor) -> tuple[torch.Tensor, dist.Work | None]:
-        """(parts of all ranks in rank order [N, ...], the work to wait for) of one contiguous part."""
+    def post(self, part: torch.Tensor) -> tuple[torch.Tensor, list[dist.Work]]:
+        """(parts of all ranks in rank order [N, ...], what to `end` before they are read) of one contiguous part."""
         _note("all_gather", part.nbytes * (self._group.size() - 1))
         parts = part.new_empty(self._group.size(), *part.shape)
-        work = _named("all_gather_single", "all_gather_into_tensor")(
-            parts.flatten(0, 1), part.contiguous(), group=self._group, async_op=True
-        )
-        if not self._overlap and work is not None:
-            work.wait()
-            work = None
-        return parts, work
+        gather = _named("all_gather_single", "all_gather_into_tensor")
+        with standing_still():
+            works = [gather(parts.flatten(0, 1), part.contiguous(), group=self._group, async_op=True)]
+        if not self._overlap:
+            end(works)
+            works = []
+        return parts, works
 
     def reduce_scatter(self, parts: torch.Tensor) -> torch.Tensor:
         """This rank's slice of `parts` [N, ...], summed over all ranks."""
         own = parts.new_empty(parts.shape[1:])
         _note("reduce_scatter", parts.nbytes - own.nbytes)
         reduce_scatter = _named("reduce_scatter_single", "reduce_scatter_tensor")
-        reduce_scatter(own, parts.flatten(0, 1), group=self._group)
+        with standing_still():
+            reduce_scatter(own, parts.flatten(0, 1), group=self._group)
         return own
 
 
 def all_to_all(group_name: str, pairs: Sequence[Pair]) -> list[dist.Work]:
-    """Start an all-to-all, of a pair for every other rank, and return what to wait for; see `Messenger.post`."""
+    """Start an all-to-all, of a pair for every other rank, and return what to `end`; see `Messenger.post`."""
     _note("all_to_all", sum(x.nbytes for pair in pairs for x in pair.send))
     return _start(resolve(group_name), pairs)
 

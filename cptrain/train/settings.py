@@ -111,12 +111,19 @@ class ValidationConfig:
     enable: bool = setting(True, "measure the loss on held-out text before the first step, at times, and at the end")
     freq: int = setting(100, "steps between two measurements")
     steps: int = setting(16, "global batches of held-out text, the same ones on any mesh; -1 = all there are")
+    needles: int = setting(
+        0, "windows with five digits hidden in held-out text, which their ends ask for; counted are those found"
+    )
 
     def problems(self) -> Iterator[Problem]:
         if self.freq < 1:
             yield Problem(key="freq", rule="must be at least 1 step")
         if self.steps < 1 and self.steps != -1:
             yield Problem(key="steps", rule="must be at least 1, or -1 for all")
+        if self.needles < 0:
+            yield Problem(key="needles", rule="must not be negative", fix="set it to 0 for none")
+        if self.needles > 0 and not self.enable:
+            yield Problem(key="needles", rule="has no effect with validation.enable = false", fix="leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Self
+from typing import Literal, Self
 
 import torch
 
 from cptrain.context_parallel import ContextParallel
 from cptrain.context_parallel.balance import FEWEST_CHUNKS, choose_chunk_size
 from cptrain.data.loader import Batch, TrainBatches, validation_batches
+from cptrain.data.needles import Needles
+from cptrain.data.tokenizer import Tokenizer
+from cptrain.data.windows import Windows
 from cptrain.distributed.mesh import Meshes
 from cptrain.distributed.settings import ParallelismConfig
 from cptrain.models.shape import ModelShape
@@ -57,6 +60,7 @@ class Stage:
         settings: TrainSettings,
         plan: Plan,
         texts: Texts,
+        tokenizer: Tokenizer,
         shape: ModelShape,
         *,
         tokens_seen: int,
@@ -72,6 +76,11 @@ class Stage:
         length, self.global_batch_size = settings.training.seq_len, settings.global_batch_size(plan.meshes.degrees)
         self.windows = texts.windows(length)
         self._held_out = texts.held_out_windows(length) if settings.validation.enable else None
+        self._needles = (
+            Needles(self._held_out, tokenizer, count=settings.validation.needles, seed=settings.debug.seed)
+            if self._held_out is not None and settings.validation.needles
+            else None
+        )
         packs = settings.data.document_mask
         self.finish = PackDocuments(plan.context.packer(shape.windows())) if packs else None
         self.batches = TrainBatches(
@@ -90,14 +99,21 @@ class Stage:
 
     def held_out_batches(self) -> Generator[Batch]:
         """The held-out windows that are validated on, the same ones whatever the mesh; close what is not used up."""
-        assert self._held_out is not None
         steps = self.settings.validation.steps
+        return self._batches_of(self._held_out, "all" if steps == -1 else steps * self.global_batch_size)
+
+    def needle_batches(self) -> Generator[Batch]:
+        """The windows of validation.needles, as `held_out_batches`."""
+        return self._batches_of(self._needles, "all")
+
+    def _batches_of(self, windows: Windows | Needles | None, count: int | Literal["all"]) -> Generator[Batch]:
+        assert windows is not None
         return validation_batches(
-            self._held_out,
+            windows,
             local_batch_size=self.settings.training.local_batch_size,
             dp_rank=self.meshes.data_rank,
             dp_degree=self.meshes.degrees.data,
-            num_windows="all" if steps == -1 else steps * self.global_batch_size,
+            num_windows=count,
             finish=self.finish,
             device=self.device,
         )

@@ -8,7 +8,7 @@ import math
 import random
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
 from typing import Any, Self
@@ -22,10 +22,12 @@ from cptrain.checkpoint.checkpointer import Checkpointer
 from cptrain.checkpoint.state import training_state
 from cptrain.config.document import dump
 from cptrain.context_parallel.kernels import choose_kernel
+from cptrain.data.loader import SENT
 from cptrain.data.tokenizer import build_tokenizer
 from cptrain.distributed.mesh import build_meshes
 from cptrain.distributed.process_group import first_rank_result, set_timeouts
-from cptrain.loss import IGNORED, cross_entropy_each, cross_entropy_sum
+from cptrain.distributed.standstill import measured_standstill
+from cptrain.loss import IGNORED, cross_entropy_sum
 from cptrain.metrics.flops import training_flops
 from cptrain.metrics.logger import Metrics
 from cptrain.metrics.profiler import profiling
@@ -36,9 +38,9 @@ from cptrain.optim.schedule import learning_rate
 from cptrain.parallel.apply import apply_context_parallel, parallelise
 from cptrain.train.batch import PACKING, Counts, Shard
 from cptrain.train.environment import write_environment
+from cptrain.train.evaluation import Evaluation, StoppedError
 from cptrain.train.folder import Folders
 from cptrain.train.interruption import Interruption
-from cptrain.train.positions import curves, ranges, sums_by_range
 from cptrain.train.precision import resolve_precision
 from cptrain.train.report import describe, hyper_parameters
 from cptrain.train.resume import (
@@ -71,8 +73,8 @@ class Trainer:
         torch.manual_seed(settings.debug.seed)
         torch.use_deterministic_algorithms(settings.debug.deterministic)
 
-        tokenizer = build_tokenizer(settings.tokenizer)
-        self.shape = settings.shape(tokenizer.vocab_size)
+        self.tokenizer = build_tokenizer(settings.tokenizer)
+        self.shape = settings.shape(self.tokenizer.vocab_size)
         first = settings.at_stage(0)
         degrees = first.degrees(self.world_size, self.shape)
         meshes = build_meshes(degrees, device, order=settings.parallelism.context_parallel_order)
@@ -174,15 +176,16 @@ class Trainer:
         valid_here = sum((shard.labels != IGNORED).sum() for shard in shards)
         valid, counts = self._count(valid_here, batches, shards)
         loss_here = torch.zeros((), dtype=torch.float64, device=self.device)
-        for index, shard in enumerate(shards):
-            last = index == len(shards) - 1
-            self.parallel.set_reduction(last or settings.parallelism.fsdp_reduce_each_microbatch)
-            head = partial(cross_entropy_sum, labels=shard.labels)
-            with shard.documents_entered():
-                loss = self.model(shard.tokens, shard.positions, head=head)
-                # A sum over the global count: no factor of any degree anywhere; ranks without valid tokens take part.
-                (loss / valid).backward()
-            loss_here += loss.detach()
+        with measured_standstill(self.device) as standstill:
+            for index, shard in enumerate(shards):
+                last = index == len(shards) - 1
+                self.parallel.set_reduction(last or settings.parallelism.fsdp_reduce_each_microbatch)
+                head = partial(cross_entropy_sum, labels=shard.labels)
+                with shard.documents_entered():
+                    loss = self.model(shard.tokens, shard.positions, head=head)
+                    # A sum over the global count: no factor of any degree; ranks without valid tokens take part.
+                    (loss / valid).backward()
+                loss_here += loss.detach()
         grad_norm = clip_grad_norm(self.model.parameters(), settings.training.max_norm)
         if not math.isfinite(grad_norm.item()):
             raise RuntimeError(
@@ -194,10 +197,15 @@ class Trainer:
 
         self.step = step
         self.tokens_seen += self.stage.tokens_per_step
-        loss = max_loss = float("nan")
+        loss = max_loss = exposed_s = float("nan")
         if self.metrics.due(step):
             loss = (self.stage.meshes.sum_over_batch(loss_here.clone()) / valid).item()
             max_loss = self.stage.meshes.max_over_batch(loss_here / max(int(valid_here), 1)).item()
+            exposed_s = self._sum_over_ranks(torch.tensor(standstill.seconds())).item() / self.world_size
+        step_time_s = time.perf_counter() - start
+        points = counts.curves(self.stage.tokens_per_step)
+        if self.stage.context.degree > 1:
+            points["cp/comm_exposed(%)"] = 100 * exposed_s / step_time_s
         self.metrics.record(
             StepRecord(
                 step=step,
@@ -207,41 +215,21 @@ class Trainer:
                 lr=lr,
                 tokens=self.stage.tokens_per_step,
                 tokens_seen=self.tokens_seen,
-                step_time_s=time.perf_counter() - start,
+                step_time_s=step_time_s,
                 data_time_s=data_time_s,
                 flops=training_flops(
                     self.shape, tokens=self.stage.tokens_per_step - counts.padding, pairs=counts.pairs
                 ),
-                extra=counts.curves(self.stage.tokens_per_step),
+                extra=points,
             )
         )
-
-    @torch.no_grad()
-    def validate(self, interruption: Interruption) -> tuple[float, dict[str, float]] | None:
-        """Mean loss over the held-out windows, the same ones whatever the mesh, and by position, by tag.
-
-        None where a signal cuts it short. Touches neither data order nor RNG.
-        """
-        length = self.stage.settings.training.seq_len
-        totals = torch.zeros(2, len(ranges(length)), dtype=torch.float64, device=self.device)
-        with closing(self.stage.held_out_batches()) as batches:
-            for batch in batches:  # as many on all ranks, so that all ask alike
-                if self._signal_on_any_rank(interruption.requested):
-                    return None
-                shard = self.shard(batch)
-                head = partial(cross_entropy_each, labels=shard.labels)
-                with shard.documents_entered():
-                    losses = self.model(shard.tokens, shard.positions, head=head)
-                totals += sums_by_range(losses, shard.labels != IGNORED, shard.positions, length)
-        losses, counts = self.stage.meshes.sum_over_batch(totals).tolist()
-        return sum(losses) / max(sum(counts), 1), curves((losses, counts), length)
 
     def shard(self, batch: dict[str, torch.Tensor]) -> Shard:
         """This rank's part of a batch of whole windows [B, S], as DTensors cut along S and taken locally."""
         context = self.stage.context
         packed = context.packed(batch[PACKING]) if PACKING in batch else None
         parts = (packed or context).shard(
-            *(batch[key].to(self.device, non_blocking=True) for key in ("tokens", "labels", "positions")),
+            *(batch[key].to(self.device, non_blocking=True) for key in SENT),
             dim=1,
             as_dtensor=True,
         )
@@ -276,9 +264,16 @@ class Trainer:
 
     def _measure(self, interruption: Interruption) -> str:
         """Validate and record it, unless a signal comes first; returns the signal's name, or ""."""
-        measured = self.validate(interruption)
-        if measured is not None:
-            self.metrics.validation(self.step, *measured)
+
+        def stopped() -> bool:
+            return bool(self._signal_on_any_rank(interruption.requested))
+
+        evaluation = Evaluation(self.model, self.stage, self.shard, stopped)
+        try:
+            loss, points = evaluation.held_out_loss()
+            self.metrics.validation(self.step, loss, points | evaluation.needles())
+        except StoppedError:
+            pass
         return self._signal_on_any_rank(interruption.requested)
 
     def _state(self) -> dict[str, Any]:
@@ -305,7 +300,15 @@ class Trainer:
         self.plan = before.changed(settings, self.shape)
         if self.plan.context is not before.context:
             apply_context_parallel(self.model, self.plan.context)
-        stage = Stage(settings, self.plan, self.texts, self.shape, tokens_seen=self.tokens_seen, device=self.device)
+        stage = Stage(
+            settings,
+            self.plan,
+            self.texts,
+            self.tokenizer,
+            self.shape,
+            tokens_seen=self.tokens_seen,
+            device=self.device,
+        )
         self.startup_check(stage.context, stage.settings.training.seq_len)
         return stage
 
