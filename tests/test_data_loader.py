@@ -17,6 +17,7 @@ from test_data_windows import random_texts
 
 from cptrain.data import loader
 from cptrain.data.loader import Batch, TrainBatches, validation_batches
+from cptrain.data.settings import Packing
 from cptrain.data.split import split_documents
 from cptrain.data.windows import IGNORE, Windows
 
@@ -26,8 +27,18 @@ SEQ_LEN = 16
 @pytest.fixture(scope="module", params=["concat", "best_fit"])
 def windows(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Windows:
     """About 60 windows of random text, no two alike."""
-    corpus = corpus_of(tmp_path_factory.mktemp("corpus"), random_texts(50))
-    return Windows(split_documents(corpus, fraction=0.0, seed=5)[0], seq_len=SEQ_LEN, packing=request.param)
+    return windows_in(tmp_path_factory.mktemp("corpus"), request.param)
+
+
+@pytest.fixture(scope="module")
+def plain_windows(tmp_path_factory: pytest.TempPathFactory) -> Windows:
+    """The same of one kind, for what does not depend on it and takes seconds: the start of a worker."""
+    return windows_in(tmp_path_factory.mktemp("corpus"), "concat")
+
+
+def windows_in(folder: Path, packing: Packing) -> Windows:
+    corpus = corpus_of(folder, random_texts(50))
+    return Windows(split_documents(corpus, fraction=0.0, seed=5)[0], seq_len=SEQ_LEN, packing=packing)
 
 
 def batches_of(
@@ -129,13 +140,13 @@ def test_data_loader_finishes_each_batch(windows: Windows) -> None:
         assert all(torch.equal(batch[name], part) for name, part in expected.items())
 
 
-def test_data_loader_finishes_batches_in_its_workers(windows: Windows) -> None:
+def test_data_loader_finishes_batches_in_its_workers(plain_windows: Windows) -> None:
     others = multiprocessing.active_children()
-    batches = batches_of(windows, workers=1, finish=longest_document)
+    batches = batches_of(plain_windows, workers=1, finish=longest_document)
     batch = next(batches)
     workers = [child.pid for child in multiprocessing.active_children() if child not in others]
     batches.close()  # before anything can fail: workers ignore the signal that ends a process' children
-    expected = longest_document(next(batches_of(windows)))
+    expected = longest_document(next(batches_of(plain_windows)))
     assert torch.equal(batch["longest"], expected["longest"])
     assert batch["process"].tolist() == workers * 2
 
@@ -226,8 +237,8 @@ def test_data_loader_does_not_ask_again_for_a_lost_batch() -> None:
     assert lost.asked == 1
 
 
-def test_data_loader_keeps_no_file_of_a_workers_batch_open(windows: Windows) -> None:
-    batches = batches_of(windows, workers=1)
+def test_data_loader_keeps_no_file_of_a_workers_batch_open(plain_windows: Windows) -> None:
+    batches = batches_of(plain_windows, workers=1)
     try:
         assert not any(x.is_shared() for x in next(batches).values())
     finally:
@@ -262,9 +273,9 @@ def test_data_loader_pins_what_goes_to_cuda_by_way_of_that_device(
     assert set(pinned) == {5 if device.index is None else device.index} and len(pinned) >= 6
 
 
-def test_data_loader_close_stops_its_workers(windows: Windows) -> None:
+def test_data_loader_close_stops_its_workers(plain_windows: Windows) -> None:
     others = multiprocessing.active_children()
-    batches = batches_of(windows, workers=1)
+    batches = batches_of(plain_windows, workers=1)
     next(batches)
     assert len(multiprocessing.active_children()) == len(others) + 1
     batches.close()
@@ -294,14 +305,14 @@ def test_data_loader_that_nobody_closes_does_not_keep_its_process(tmp_path: Path
     assert done.returncode == 3, done.stderr
 
 
-def test_data_loader_workers_outlive_the_signals_that_end_a_run(windows: Windows) -> None:
+def test_data_loader_workers_outlive_the_signals_that_end_a_run(plain_windows: Windows) -> None:
     others = multiprocessing.active_children()
-    batches = batches_of(windows, workers=1)
+    batches = batches_of(plain_windows, workers=1)
     first = take(batches, 1)
     [worker] = [child for child in multiprocessing.active_children() if child not in others]
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         os.kill(int(worker.pid or 0), number)
-    assert torch.equal(torch.cat([first, take(batches, 8)]), take(batches_of(windows), 9))
+    assert torch.equal(torch.cat([first, take(batches, 8)]), take(batches_of(plain_windows), 9))
     batches.close()
 
 
