@@ -42,8 +42,8 @@ def cross_entropy_each(hidden: Tensor, output: nn.Linear, labels: Tensor) -> Ten
 
 
 def correct_each(hidden: Tensor, output: nn.Linear, labels: Tensor) -> Tensor:
-    """Whether no other token has a larger logit than the label, bool [B, T]; False where the label is -100."""
-    return torch.cat([chunk.correct for chunk in _chunks(hidden, output, labels)]).view(labels.shape)
+    """Whether the label is what greedy decoding takes, bool [B, T]: the first token of the largest logit."""
+    return torch.cat([chunk.likeliest() for chunk in _chunks(hidden, output, labels)]).view(labels.shape) == labels
 
 
 @torch.no_grad()
@@ -81,10 +81,7 @@ def _parts(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
 
 
 class _Chunk:
-    """Some tokens: losses [n], whether each label is correct, and what the gradient of their logits follows from.
-
-    Holds their logits.
-    """
+    """Some tokens: losses [n], and what the gradient of their logits follows from. Holds their logits."""
 
     def __init__(
         self, hidden: Tensor, weight: Tensor, labels: Tensor, first: int, group: dist.ProcessGroup | None
@@ -103,7 +100,15 @@ class _Chunk:
             dist.all_reduce(sums, group=group)
         target, self._denominator = sums
         self.losses = torch.where(self._valid, self._denominator.log() - target, 0)
-        self.correct = self._valid & (target == 0)  # which is the label's logit less the largest
+        self._first, self._group = first, group
+
+    def likeliest(self) -> Tensor:
+        """The token of the largest logit [n], the first of equal ones."""
+        is_here = self._exps.amax(-1) == 1
+        here = torch.where(is_here, self._exps.argmax(-1) + self._first, torch.iinfo(torch.int64).max)
+        if self._group is not None:
+            dist.all_reduce(here, op=dist.ReduceOp.MIN, group=self._group)
+        return here
 
     def dlogits(self) -> Tensor:
         """softmax - one hot, and nothing for ignored tokens; in the memory of the logits."""

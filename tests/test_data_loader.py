@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -229,7 +230,17 @@ class Lost:
         raise OSError("lost")
 
 
-def test_data_loader_does_not_ask_again_for_a_lost_batch() -> None:
+class AtOnce(ThreadPoolExecutor):
+    """A thread that is always ahead of who waits for it."""
+
+    def submit(self, work, /, *arguments, **options):  # type: ignore[no-untyped-def]
+        future = super().submit(work, *arguments, **options)
+        wait([future], timeout=5)
+        return future
+
+
+def test_data_loader_does_not_ask_again_for_a_lost_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "ThreadPoolExecutor", AtOnce)
     lost = Lost()
     batches = loader._built_ahead(lost, 3, torch.device("cpu"))
     with pytest.raises(OSError, match="lost"):

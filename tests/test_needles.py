@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
+import threading
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -14,12 +16,13 @@ import torch
 from runs import GLOBAL_BATCH, small_settings, write_text
 from test_data_corpus import BOS, EOS, corpus_of
 
-from cptrain.data.needles import AFTER, BEFORE, QUESTION, Needles
+from cptrain.data.needles import AFTER, BEFORE, LEAST_TEXT, QUESTION, Needles
 from cptrain.data.split import split_documents
 from cptrain.data.tokenizer import ByteTokenizer
 from cptrain.data.windows import IGNORE, Windows
 from cptrain.train import evaluation
-from cptrain.train.evaluation import NEEDLES, Evaluation
+from cptrain.train.evaluation import NEEDLES, Evaluation, StoppedError, check_needles_fit
+from cptrain.train.settings import TrainingConfig, TrainingStage, TrainSettings, ValidationConfig
 from cptrain.train.trainer import Trainer
 
 SEQ_LEN = 320
@@ -88,8 +91,65 @@ def test_needles_lie_in_different_text(tmp_path: Path) -> None:
 
 
 def test_needles_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"validation\.needles = 5: .* needs \d+ tokens, training\.seq_len is 64; set"):
+    with pytest.raises(
+        ValueError, match=r"training\.seq_len = 64: a window with a needle needs \d+ tokens; set"
+    ) as caught:
         needles_in(tmp_path, ByteTokenizer(), seq_len=64)
+    needed = int(re.findall(r"needs (\d+) tokens", str(caught.value))[0])
+    needles = needles_in(tmp_path, ByteTokenizer(), seq_len=needed)
+    text = ByteTokenizer().decode(needles.window(2)["tokens"].numpy())
+    assert len(text) - len(text.partition(BEFORE)[2]) - len(BEFORE) == LEAST_TEXT // 2
+    with pytest.raises(ValueError, match=r"training\.seq_len"):
+        needles_in(tmp_path, ByteTokenizer(), seq_len=needed - 1)
+
+
+def test_needles_of_all_stages_are_checked_before_the_first() -> None:
+    stages = tuple(TrainingStage(steps=1, seq_len=length) for length in (512, 64))
+    settings = TrainSettings(training=TrainingConfig(stages=stages), validation=ValidationConfig(needles=2))
+    with pytest.raises(ValueError, match=r"^training\.stages\[1\]\.seq_len = 64: a window with a needle needs"):
+        check_needles_fit(settings, ByteTokenizer())
+    for harmless in (ValidationConfig(), ValidationConfig(enable=False, needles=2)):
+        check_needles_fit(dataclasses.replace(settings, validation=harmless), ByteTokenizer())
+
+
+class NoDigits(ByteTokenizer):
+    def encode(self, text: str) -> np.ndarray:
+        return np.array([letter for letter in text.encode() if chr(letter).isalpha()])
+
+
+class OneDigit(ByteTokenizer):
+    def encode(self, text: str) -> np.ndarray:
+        return np.array([ord("0") if chr(letter).isdigit() else letter for letter in text.encode()])
+
+
+@pytest.mark.parametrize("tokenizer", [NoDigits(), OneDigit()])
+def test_needles_need_a_tokenizer_that_tells_digits_apart(tmp_path: Path, tokenizer: ByteTokenizer) -> None:
+    with pytest.raises(ValueError, match="does not tell digits apart"):
+        needles_in(tmp_path, tokenizer)
+
+
+def test_needles_lie_in_text_without_padding_and_marks(tmp_path: Path) -> None:
+    corpus = corpus_of(tmp_path, ["a" * 200] * 3)
+    windows = Windows(split_documents(corpus, fraction=0.0, seed=0)[0], seq_len=SEQ_LEN, packing="best_fit")
+    tokens = Needles(windows, ByteTokenizer(), count=1, seed=0).window(0)["tokens"]
+    assert not {EOS, corpus.pad_id} & set(tokens.tolist())
+
+
+class NoBos(ByteTokenizer):
+    bos_id = None  # type: ignore[assignment]
+
+
+def test_needles_begin_without_a_bos_where_there_is_none(tmp_path: Path) -> None:
+    needles = needles_in(tmp_path, NoBos())
+    needles._text.window = lambda _: {"tokens": torch.full((500,), 97), "document_ids": torch.zeros(500)}
+    assert needles.window(0)["tokens"][0] == 97
+
+
+def test_needles_in_no_text_are_refused(tmp_path: Path) -> None:
+    needles = needles_in(tmp_path, ByteTokenizer())
+    needles._text.window = lambda _: {"tokens": torch.full((500,), EOS), "document_ids": torch.zeros(500)}
+    with pytest.raises(ValueError, match="holds no text"):
+        needles.window(0)
 
 
 LAYOUTS = {
@@ -107,13 +167,14 @@ def even(hidden: Any, output: Any, labels: torch.Tensor) -> torch.Tensor:
 
 
 def shares(rank: int, world: int, settings: Any) -> tuple[list[float], list[bool]]:
-    """Of a fresh model, of one that finds all tokens as likely, and of one that is right about some digits."""
+    """Of a fresh model, of one that always says 0 where 0 is asked for, and of one that is right about some digits."""
     with Trainer(settings, torch.device("cpu")) as trainer:
         found = Evaluation(trainer.model, trainer.stage, trainer.shard, lambda: False)
         first = found.needles()
         with torch.no_grad():
             trainer.model.output.weight.zero_()
-        second = found.needles()
+        with mock.patch.object(Needles, "_encode", lambda self, text: np.zeros(len(text), dtype=np.int64)):
+            second = found.needles()
         with mock.patch.object(evaluation, "correct_each", even):
             third = found.needles()
         windows = [trainer.stage._needles.window(number) for number in range(COUNT)]
@@ -133,14 +194,39 @@ def test_needles_found_are_the_same_for_every_layout(pool, tmp_path, layout, mas
         data={"document_mask": masked},
         debug={"seed": 6},
     )
-    for (fresh, tied, some), small in pool.run(world, shares, settings):
+    for (fresh, right, some), small in pool.run(world, shares, settings):
         assert 0 < sum(small) < COUNT, "some of the keys must have small digits alone"
-        assert (fresh, tied, some) == (0.0, 1.0, pytest.approx(sum(small) / COUNT))
+        assert (fresh, right, some) == (0.0, 1.0, pytest.approx(sum(small) / COUNT))
 
 
 def recorded(rank: int, world: int, settings: Any) -> None:
     with Trainer(settings, torch.device("cpu")) as trainer:
         trainer.train()
+
+
+def stopped(rank: int, world: int, settings: Any) -> int:
+    """How many batches a signal lets through that comes after the second of four."""
+    asked, passed = iter((False, False, True)), []
+    with Trainer(settings, torch.device("cpu")) as trainer:
+
+        def shard(batch: Any) -> Any:
+            passed.append(batch)
+            return trainer.shard(batch)
+
+        with pytest.raises(StoppedError):
+            Evaluation(trainer.model, trainer.stage, shard, lambda: next(asked)).needles()
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
+    return len(passed)
+
+
+def test_needles_are_left_out_when_a_signal_comes(pool, tmp_path) -> None:
+    settings = small_settings(
+        tmp_path,
+        write_text(tmp_path, num_files=100),
+        training={"seq_len": SEQ_LEN, "local_batch_size": 1},
+        validation={"needles": 4},
+    )
+    assert pool.run(1, stopped, settings) == [2]
 
 
 @pytest.mark.parametrize("count", [0, 3])

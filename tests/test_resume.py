@@ -384,7 +384,7 @@ def test_resume_with_another_shape_is_warned_of_by_key(caplog):
 def test_resume_with_other_document_masks_is_warned_of_by_key(pool, settings_of):
     pool.run(1, start, settings_of("one rank", training={"steps": 1}))
     found = pool.run(1, start, settings_of("one rank", training={"steps": 2}, data={"document_mask": False}))
-    masks, positions = (f"data.{key} = True (here False)" for key in ("document_mask", "reset_positions"))
+    masks, positions = (f"data.{key} = true (here false)" for key in ("document_mask", "reset_positions"))
     assert f"resuming a model that was trained with other settings: {masks}, {positions}" in found[0].log
 
 

@@ -287,9 +287,31 @@ def test_settings_hide_no_problem_but_those_that_rest_on_a_wrong_key(world: int,
 def test_settings_say_nothing_of_degrees_that_wrong_heads_would_choose(method: str) -> None:
     flags = ["--model.num_heads=0", "--parallelism.context_parallel_degree=4", "--parallelism.chunk_size=1024"]
     flags += [f"--parallelism.context_parallel_method={method}", "--training.seq_len=2048"]
-    assert [problem.partition(" ")[0] for problem in problems_of(4, *flags)] == ["model.num_heads"]
+    found = [problem.partition(" ")[0] for problem in problems_of(4, *flags)]
+    # Of a ring of all four, each rank would hold half a chunk.
+    assert found == ["model.num_heads", *["parallelism.chunk_size"] * (method in ("ring", "all_gather"))]
+    flags[2] = "--parallelism.chunk_size=auto"
     found = [problem.partition(" ")[0] for problem in problems_of(6, *flags, "--training.seq_len=2044")]
     assert found == ["model.num_heads", "parallelism.context_parallel_degree", "training.seq_len"]
+
+
+def test_settings_check_chunks_of_a_ring_that_wrong_heads_do_not_choose() -> None:
+    flags = ["--model.num_kv_heads=3", "--parallelism.ring_degree=4", "--parallelism.chunk_size=7"]
+    found = [problem.partition(" ")[0] for problem in problems_of(4, *flags)]
+    assert found == ["model.num_kv_heads", "parallelism.chunk_size"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "rule"),
+    [
+        (["--validation.needles=-1"], "must not be negative"),
+        (["--validation.needles=2", "--model.attention_mask=full", "--data.no-document_mask"], "sees the digits"),
+    ],
+)
+def test_settings_of_needles_that_mean_nothing_are_refused(flags: list[str], rule: str) -> None:
+    (problem,) = problems_of(1, *flags)
+    assert problem.startswith("validation.needles = ") and rule in problem
+    assert not problems_of(1, "--validation.needles=2", "--validation.no-enable")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from runs import small_settings
 from small import small_shape
 from test_packed import make_plan
 
+from cptrain.distributed.standstill import Standstill
 from cptrain.models.shape import ModelShape
 from cptrain.train.batch import PACKING, Counts, PackDocuments
 from cptrain.train.trainer import Trainer
@@ -123,6 +125,18 @@ def test_batch_flops_that_are_logged_are_those_of_documents(pool, tmp_path: Path
     assert logged["long_context/padding(%)"] == 100 * 52 / 256
     assert ("cp/work_imbalance" in logged) == ("cp/keys_moved(%)" in logged) == masked
     assert 0 < logged["cp/comm_exposed(%)"] < 100
+
+
+def train_standing_still(rank: int, world: int, folder: Path) -> None:
+    with mock.patch.object(Standstill, "seconds", return_value=0.5 * (rank + 1)):
+        train(rank, world, folder)
+
+
+def test_batch_step_tells_the_mean_share_of_standing_still(pool, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("a" * 3000)
+    pool.run(2, train_standing_still, tmp_path)
+    logged = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert logged["cp/comm_exposed(%)"] == pytest.approx(100 * 0.75 / logged["step_time_s"])
 
 
 def test_batch_of_one_rank_has_no_curves_of_context_parallel(pool, tmp_path: Path) -> None:

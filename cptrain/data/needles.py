@@ -3,12 +3,14 @@
 [Note: a needle]
 A window is held-out text, as one document; somewhere in it stands "The pass key is" and five digits, and its end asks
 for them. The needle of window i of n lies (i + 1/2) / n of the way to the question. It is found if the likeliest token
-is right at every digit: what greedy decoding would then have written. The digits have the same ids in both places,
+is right at every digit: greedy decoding would then have written it. The digits have the same ids in both places,
 whatever a tokenizer would make of the sentences as a whole.
 Source: passkey retrieval, arXiv:2305.16300 section 4.2.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -18,25 +20,22 @@ from cptrain.data.windows import IGNORE, Windows
 
 BEFORE, AFTER = "\nThe pass key is", ". Remember it: it will be asked for.\n"
 QUESTION = "\nWhat is the pass key? The pass key is"
+DIGITS = 5
 LEAST_TEXT = 16  # tokens around a needle
 
 
 class Needles:
     """`count` windows of the length of `text`, whose tokens they are made of; the same ones for a seed.
 
-    ValueError if a window has no room for a needle and its question.
+    Made of text of another window each, as far as there are as many. ValueError if a window has no room for a needle
+    and its question, if the tokenizer does not tell digits apart, or if there is no text.
     """
 
     def __init__(self, text: Windows, tokenizer: Tokenizer, *, count: int, seed: int) -> None:
         self._text, self._count, self._seed = text, count, seed
         self._tokenizer = tokenizer
         self._before, self._after, self._question = (self._encode(part) for part in (BEFORE, AFTER, QUESTION))
-        needed = len(self._parts(0, np.zeros(0, dtype=np.int64))[0]) + LEAST_TEXT
-        if text.seq_len < needed:
-            raise ValueError(
-                f"validation.needles = {count}: a window with a needle needs {needed} tokens, training.seq_len is "
-                f"{text.seq_len}; set it to 0"
-            )
+        check_needles(tokenizer, count=count, length=text.seq_len)
 
     def __len__(self) -> int:
         return self._count
@@ -57,8 +56,8 @@ class Needles:
 
     def _parts(self, number: int, straw: np.ndarray) -> tuple[np.ndarray, int]:
         """The window with this text in it, and how many of its last tokens are the digits asked for."""
-        digits = np.random.default_rng([self._seed, number]).integers(10, size=5)
-        key = self._encode(" " + "".join(map(str, digits)))
+        digits = np.random.default_rng([self._seed, number]).integers(10, size=DIGITS)
+        key = self._encode(_key(digits))
         begin = [] if self._tokenizer.bos_id is None else [self._tokenizer.bos_id]
         place = int((number + 0.5) / self._count * len(straw))
         needle = (self._before, key, self._after)
@@ -66,11 +65,13 @@ class Needles:
         return window.astype(np.int64), len(key)
 
     def _straw(self, number: int, length: int) -> np.ndarray:
-        """So many tokens of text without marks of documents, beginning in another window for every needle."""
+        """So many tokens of text without marks of documents, from the window of this number on."""
         marks = [mark for mark in (self._tokenizer.bos_id, self._tokenizer.eos_id) if mark is not None]
         found: list[np.ndarray] = []
         taken = 0
         while taken < length:
+            if len(found) == len(self._text) and not taken:
+                raise ValueError(f"validation.needles = {self._count}: the held-out text holds no text; set it to 0")
             window = self._text.window((number + len(found)) % len(self._text))
             tokens = window["tokens"][window["document_ids"] >= 0].numpy()
             found.append(tokens[~np.isin(tokens, marks)])
@@ -78,4 +79,26 @@ class Needles:
         return np.concatenate(found)[:length]
 
     def _encode(self, text: str) -> np.ndarray:
-        return np.asarray(self._tokenizer.encode(text)).astype(np.int64)
+        return _ids(self._tokenizer, text)
+
+
+def check_needles(tokenizer: Tokenizer, *, count: int, length: int, key: str = "training.seq_len") -> None:
+    """ValueError unless so many needles can be hidden in windows of this length, which the setting `key` gives."""
+    keys = {tuple(_ids(tokenizer, _key([digit] * DIGITS))) for digit in range(10)}
+    if len(keys) < 10 or () in keys:
+        raise ValueError(f"validation.needles = {count}: the tokenizer does not tell digits apart; set it to 0")
+    needed = 1 + LEAST_TEXT + 2 * max(map(len, keys))
+    needed += sum(len(_ids(tokenizer, part)) for part in (BEFORE, AFTER, QUESTION))
+    if length < needed:
+        raise ValueError(
+            f"{key} = {length}: a window with a needle needs {needed} tokens; set {key} to that or more, or "
+            "validation.needles to 0"
+        )
+
+
+def _key(digits: Iterable[int]) -> str:
+    return " " + "".join(map(str, digits))
+
+
+def _ids(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    return np.asarray(tokenizer.encode(text)).astype(np.int64)

@@ -209,6 +209,12 @@ def choose_degrees(total: int, *, num_heads: int, num_kv_heads: int, tp: int, wi
     return AutoChoice(ring=total, ulysses=1, reason=f"{num_kv_heads // tp} kv heads per rank leave only the ring")
 
 
+def heads_decide(config: ParallelismConfig) -> bool:
+    """Whether the heads have a say in how many of the ranks of a context degree are a ring."""
+    given = config.context_parallel_degree != "auto" and config.context_parallel_method in ("auto", "hybrid")
+    return given and config.ring_degree == config.ulysses_degree == "auto"
+
+
 def _split_context(
     config: ParallelismConfig, *, num_heads: int, num_kv_heads: int, windowed: bool, problems: list[Problem]
 ) -> tuple[int, int] | None:
@@ -248,8 +254,7 @@ def _split_context(
     elif ulysses == "auto":
         ulysses = max(1, int(total) // int(ring))
     ring, ulysses = int(ring), int(ulysses)
-    before = len(problems)
-    heads_decide = config.ring_degree == config.ulysses_degree == "auto" != config.context_parallel_degree
+    before, known = len(problems), num_heads > 0 or not heads_decide(config)
     if ring * ulysses != total:
         problems.append(
             Problem(
@@ -272,7 +277,7 @@ def _split_context(
                 key="ring_degree", rule='the method "ulysses" needs 1', fix='set context_parallel_method = "hybrid"'
             )
         )
-    if method == "hybrid" and total > 1 and (ring == 1 or ulysses == 1) and (num_heads or not heads_decide):
+    if method == "hybrid" and total > 1 and (ring == 1 or ulysses == 1) and known:
         problems.append(
             Problem(
                 key="context_parallel_method",
@@ -288,7 +293,7 @@ def _split_context(
                 fix="or give the rest to ring_degree",
             )
         )
-    if ring % config.ring_inner_degree:
+    if ring % config.ring_inner_degree and known:
         problems.append(
             Problem(
                 key="ring_inner_degree",

@@ -11,12 +11,24 @@ import torch
 from torch import nn
 
 from cptrain.data.loader import Batch
+from cptrain.data.needles import check_needles
+from cptrain.data.tokenizer import Tokenizer
 from cptrain.loss import IGNORED, correct_each, cross_entropy_each
 from cptrain.train.batch import Shard
 from cptrain.train.positions import curves, ranges, sums_by_range
+from cptrain.train.settings import TrainSettings
 from cptrain.train.stage import Stage
 
 NEEDLES = "long_context/needle_acc"
+
+
+def check_needles_fit(settings: TrainSettings, tokenizer: Tokenizer) -> None:
+    """ValueError unless the needles of a run can be hidden in the windows of all its stages."""
+    count, stages = settings.validation.needles, settings.training.stages
+    for index in range(max(1, len(stages)) if settings.validation.enable and count else 0):
+        own = bool(stages) and stages[index].seq_len != "auto"
+        key = f"training.stages[{index}].seq_len" if own else "training.seq_len"
+        check_needles(tokenizer, count=count, length=settings.at_stage(index).training.seq_len, key=key)
 
 
 class StoppedError(Exception):

@@ -71,8 +71,13 @@ def plain_shape(shape: ModelShape, data: DataConfig) -> dict[str, Any]:
 
 def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
     """The keys that differ, with both values; "" where theirs is empty."""
+
+    def shown(values: dict[str, Any], key: str) -> str:
+        value = values.get(key, "unset")
+        return str(value).lower() if isinstance(value, bool) else str(value)
+
     return ", ".join(
-        f"{key} = {theirs.get(key, 'unset')} (here {ours.get(key, 'unset')})"
+        f"{key} = {shown(theirs, key)} (here {shown(ours, key)})"
         for key in {**theirs, **ours}
         if theirs and theirs.get(key) != ours.get(key)
     )

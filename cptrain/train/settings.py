@@ -19,6 +19,7 @@ from cptrain.distributed.settings import (
     Degrees,
     Method,
     ParallelismConfig,
+    heads_decide,
     resolve_degrees,
     sequence_multiple,
 )
@@ -112,7 +113,9 @@ class ValidationConfig:
     freq: int = setting(100, "steps between two measurements")
     steps: int = setting(16, "global batches of held-out text, the same ones on any mesh; -1 = all there are")
     needles: int = setting(
-        0, "windows with five digits hidden in held-out text, which their ends ask for; counted are those found"
+        0,
+        "windows of held-out text with five digits hidden in each, which its end asks for; the share that is found is "
+        "long_context/needle_acc (0: none)",
     )
 
     def problems(self) -> Iterator[Problem]:
@@ -122,8 +125,6 @@ class ValidationConfig:
             yield Problem(key="steps", rule="must be at least 1, or -1 for all")
         if self.needles < 0:
             yield Problem(key="needles", rule="must not be negative", fix="set it to 0 for none")
-        if self.needles > 0 and not self.enable:
-            yield Problem(key="needles", rule="has no effect with validation.enable = false", fix="leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +172,12 @@ class TrainSettings:
                 rule="validation needs held-out text",
                 fix="set it to 0.01, or validation.enable to false",
             )
+        if self.validation.enable and self.validation.needles > 0 and self.model.attention_mask == "full":
+            yield Problem(
+                key="validation.needles",
+                rule='with model.attention_mask = "full" the model sees the digits that it is asked for',
+                fix="set it to 0",
+            )
         yield from self._problems_of_documents()
         # What is wrong inside of a section is said by it; only checks that rest on such a key are left out.
         ids = self.known_vocabulary
@@ -195,8 +202,8 @@ class TrainSettings:
             found = [replace(problem, key=f"parallelism.{problem.key}") for problem in found]
             if degrees is not None:
                 lengths = stage._problems_of_lengths(degrees)
-                # Of how many ranks the ring is may rest with the heads.
-                found += [p for p in lengths if heads_known or p.key != "parallelism.chunk_size"]
+                ring_known = heads_known or not heads_decide(stage.parallelism)
+                found += [problem for problem in lengths if ring_known or problem.key != "parallelism.chunk_size"]
                 found += _problems_of_widths(degrees.tp, ffn_dim=sizes["ffn_dim"], vocab_size=sizes["vocab_size"])
                 if degrees.world == world_size:  # or it is not known how many ranks read different data
                     found += stage._problems_of_batches(degrees)

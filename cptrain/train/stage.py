@@ -52,7 +52,7 @@ class Stage:
     """What is read during a stage, and under which plan. `close` it to end its workers.
 
     settings: of the run, with the stage's own values in place. finish: what the loader adds to a batch; None without
-    document masks. device: where batches go.
+    document masks. tokenizer: of the needles. device: where batches go.
     """
 
     def __init__(
@@ -76,8 +76,9 @@ class Stage:
         length, self.global_batch_size = settings.training.seq_len, settings.global_batch_size(plan.meshes.degrees)
         self.windows = texts.windows(length)
         self._held_out = texts.held_out_windows(length) if settings.validation.enable else None
+        seed = settings.data.resolved_seed(settings.debug.seed)
         self._needles = (
-            Needles(self._held_out, tokenizer, count=settings.validation.needles, seed=settings.debug.seed)
+            Needles(self._held_out, tokenizer, count=settings.validation.needles, seed=seed)
             if self._held_out is not None and settings.validation.needles
             else None
         )

@@ -38,7 +38,7 @@ from cptrain.optim.schedule import learning_rate
 from cptrain.parallel.apply import apply_context_parallel, parallelise
 from cptrain.train.batch import PACKING, Counts, Shard
 from cptrain.train.environment import write_environment
-from cptrain.train.evaluation import Evaluation, StoppedError
+from cptrain.train.evaluation import Evaluation, StoppedError, check_needles_fit
 from cptrain.train.folder import Folders
 from cptrain.train.interruption import Interruption
 from cptrain.train.precision import resolve_precision
@@ -75,6 +75,7 @@ class Trainer:
 
         self.tokenizer = build_tokenizer(settings.tokenizer)
         self.shape = settings.shape(self.tokenizer.vocab_size)
+        check_needles_fit(settings, self.tokenizer)
         first = settings.at_stage(0)
         degrees = first.degrees(self.world_size, self.shape)
         meshes = build_meshes(degrees, device, order=settings.parallelism.context_parallel_order)
@@ -344,7 +345,7 @@ class Trainer:
         return max(valid // degrees.tp, 1), Counts.from_list([number // copies for number in others])
 
     def _sum_over_ranks(self, numbers: torch.Tensor) -> torch.Tensor:
-        """int64 numbers, summed over all ranks."""
+        """Numbers, summed over all ranks."""
         total = numbers.to(self.device)
         if self.world_size > 1:
             dist.all_reduce(total)
