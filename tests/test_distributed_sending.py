@@ -12,8 +12,8 @@ from runs import small_settings, write_text
 from test_attention import make_plan
 
 from cptrain.context_parallel import all_gather, api, packed_batch
-from cptrain.context_parallel.all_gather import AllGather
 from cptrain.context_parallel.layout import make_layout
+from cptrain.distributed import sending
 from cptrain.distributed.sending import current_stream, send
 from cptrain.train import stage
 from cptrain.train.trainer import Trainer
@@ -42,11 +42,10 @@ def test_sending_knows_the_current_stream(monkeypatch):
 
 def test_sending_orders_of_chunks_once_for_each_stream(monkeypatch):
     streams = iter((1, 2, 1, 2))
-    monkeypatch.setattr(all_gather, "current_stream", lambda device: next(streams))
-    carrier = AllGather.__new__(AllGather)
-    carrier._layout = make_layout("zigzag", 2, 24)
+    monkeypatch.setattr(sending, "current_stream", lambda device: next(streams))
+    layout = make_layout("zigzag", 2, 24)
     all_gather._chunk_orders.cache_clear()
-    first, second, third, fourth = (carrier._chunk_orders(torch.zeros(1, 1, 12, 4)) for _ in range(4))
+    first, second, third, fourth = (all_gather._chunk_orders(layout, 1, CPU) for _ in range(4))
     assert first is third and second is fourth and first is not second
     all_gather._chunk_orders.cache_clear()
 

@@ -28,6 +28,7 @@ from cptrain.context_parallel.kernels import (
 from cptrain.context_parallel.launches import Launch, Segments, accumulate, plan_launches, put, segments_of, take
 from cptrain.context_parallel.merging import merge
 from cptrain.context_parallel.schedule import Block, Shape
+from cptrain.distributed import sending
 
 SCALE = 0.4
 ON_CPU = [kernel for kernel in KERNELS if "cpu" in kernel.devices]
@@ -483,7 +484,7 @@ def test_launches_write_and_add_where_they_took(name, heads, by_token):
 
 def test_launches_send_an_index_once_for_each_stream_that_uses_it(monkeypatch):
     streams, sent = iter((1, 2, 1, 2, 2, 1)), []
-    monkeypatch.setattr(launches, "current_stream", lambda device: next(streams))
+    monkeypatch.setattr(sending, "current_stream", lambda device: next(streams))
     monkeypatch.setattr(launches, "send", lambda x, device: sent.append(x) or x)
     launches._index.cache_clear()
     x = torch.zeros(1, 1, 30, 1)
@@ -496,7 +497,7 @@ def test_launches_send_an_index_once_for_each_stream_that_uses_it(monkeypatch):
 
 def test_launches_send_offsets_once_for_each_stream_that_uses_them(monkeypatch):
     streams, sent, used = iter((1, 2, 1, 2)), [], []
-    monkeypatch.setattr(kernels, "current_stream", lambda device: next(streams))
+    monkeypatch.setattr(sending, "current_stream", lambda device: next(streams))
     monkeypatch.setattr(launches, "send", lambda x, device: sent.append(x) or x)
     launches.segments.cache_clear()
 

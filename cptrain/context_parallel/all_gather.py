@@ -8,7 +8,6 @@ Source: Llama 3 (arXiv:2407.21783 section 3.3.2).
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 
 import torch
 import torch.distributed as dist
@@ -23,7 +22,7 @@ from cptrain.context_parallel.layout import Layout
 from cptrain.context_parallel.mask import Mask
 from cptrain.context_parallel.memory_order import new_heads
 from cptrain.context_parallel.sums import Sum
-from cptrain.distributed.sending import current_stream, send
+from cptrain.distributed.sending import kept_per_stream, send
 from cptrain.distributed.transport import Gathering, end, group_rank
 
 
@@ -45,7 +44,7 @@ class AllGather:
         wide = accumulator_dtype(k.dtype)
         total = new_heads(k, wide), new_heads(v, wide)
         widths = [k.size(-1), v.size(-1)]
-        to_shards, _ = self._chunk_orders(k)
+        to_shards, _ = _chunk_orders(self._layout, k.size(0), k.device)
 
         def visit(piece: Piece) -> None:
             both = torch.empty(k.size(0), 1, self._layout.length, sum(widths), dtype=wide, device=k.device)
@@ -62,7 +61,7 @@ class AllGather:
 
     def _visit(self, k: torch.Tensor, v: torch.Tensor, visit: Callable[[Piece], None]) -> None:
         """One head after another, the next always under way."""
-        _, to_sequence = self._chunk_orders(k)
+        _, to_sequence = _chunk_orders(self._layout, k.size(0), k.device)
         under_way = self._post(k, v, 0)
         for head in range(k.size(1)):
             parts, works = under_way
@@ -79,19 +78,16 @@ class AllGather:
         both[..., k.size(-1) :] = v[:, head : head + 1]
         return self._gathering.post(both)
 
-    def _chunk_orders(self, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return _chunk_orders(self._layout, k.size(0), k.device, current_stream(k.device))
-
     def _reordered(self, x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
         """The chunks of x, of which all rows follow one another in memory, in this order: [B * chunks, numbers]."""
         return x.view(order.numel(), -1).index_select(0, order)
 
 
-@lru_cache(maxsize=16)
-def _chunk_orders(layout: Layout, batch: int, device: torch.device, stream: int) -> tuple[torch.Tensor, torch.Tensor]:
+@kept_per_stream(maxsize=16)
+def _chunk_orders(layout: Layout, batch: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Indices that put chunks from global order [B, S] into sharded order [N, B, T], and back.
 
-    Copied to the device once per layout, batch size and stream (see `sending`).
+    Copied to the device once per layout and batch size.
     """
     chunks = torch.tensor(layout.chunks)  # [N, chunks of a rank]
     rows = torch.arange(batch)[:, None] * chunks.numel()

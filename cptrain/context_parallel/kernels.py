@@ -22,7 +22,6 @@ from torch.nn.attention import activate_flash_attention_impl, current_flash_atte
 from cptrain.context_parallel import backends, reference
 from cptrain.context_parallel.launches import Launch, Segments, segments
 from cptrain.context_parallel.schedule import Shape
-from cptrain.distributed.sending import current_stream
 
 logger = logging.getLogger(__name__)
 
@@ -238,7 +237,7 @@ def forward_launch(
     """out and lse of the rows of a launch, given its rows and columns one block behind the other."""
     if len(launch.blocks) == 1 or kernel.forward_packed is None:
         return forward_block(kernel, q, k, v, launch.shape, scale)
-    packed, upper = segments(launch, q.device, current_stream(q.device)), launch.shape is Shape.UPPER
+    packed, upper = segments(launch, q.device), launch.shape is Shape.UPPER
     if upper:
         q, k, v = (x.flip(2) for x in (q, k, v))
     out, lse = kernel.forward_packed(q, k, v, packed, launch.shape is not Shape.FULL, scale)
@@ -259,7 +258,7 @@ def backward_launch(
     """dq of the rows and dk, dv of the columns of a launch, from the final out and lse of its rows."""
     if len(launch.blocks) == 1 or kernel.backward_packed is None:
         return backward_block(kernel, dout, q, k, v, out, lse, launch.shape, scale)
-    packed, upper = segments(launch, q.device, current_stream(q.device)), launch.shape is Shape.UPPER
+    packed, upper = segments(launch, q.device), launch.shape is Shape.UPPER
     tensors = (dout, q, k, v, out, lse)
     if upper:
         tensors = tuple(x.flip(2) for x in tensors)  # type: ignore[assignment]

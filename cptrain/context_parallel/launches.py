@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from cptrain.context_parallel.schedule import Block, Shape
-from cptrain.distributed.sending import current_stream, send
+from cptrain.distributed.sending import kept_per_stream, send
 
 MOST_COPIES = 4  # keys over queries above which a rectangle goes by itself
 MOST_SLICES = 4  # ranges above which one operation on an index is cheaper than one on each
@@ -85,7 +85,7 @@ def take(x: torch.Tensor, ranges: Ranges) -> torch.Tensor:
     if len(ranges) <= 1:
         return x[:, :, slice(*ranges[0]) if ranges else slice(0, 0)]
     ordered, dim = _stored(x)
-    taken = ordered.index_select(dim, _index(ranges, x.device, current_stream(x.device)))
+    taken = ordered.index_select(dim, _index(ranges, x.device))
     return taken if dim == 2 else taken.transpose(1, 2)
 
 
@@ -97,8 +97,7 @@ def put(x: torch.Tensor, ranges: Ranges, values: torch.Tensor) -> None:
             x[:, :, start:stop] = values[:, :, here]
         return
     ordered, dim = _stored(x)
-    index = _index(ranges, x.device, current_stream(x.device))
-    ordered.index_copy_(dim, index, (values if dim == 2 else values.transpose(1, 2)).to(x.dtype))
+    ordered.index_copy_(dim, _index(ranges, x.device), (values if dim == 2 else values.transpose(1, 2)).to(x.dtype))
 
 
 def accumulate(x: torch.Tensor, ranges: Ranges, values: torch.Tensor) -> None:
@@ -109,8 +108,7 @@ def accumulate(x: torch.Tensor, ranges: Ranges, values: torch.Tensor) -> None:
             x[:, :, start:stop] += values[:, :, here]
         return
     ordered, dim = _stored(x)
-    index = _index(ranges, x.device, current_stream(x.device))
-    ordered.index_add_(dim, index, (values if dim == 2 else values.transpose(1, 2)).to(x.dtype))
+    ordered.index_add_(dim, _index(ranges, x.device), (values if dim == 2 else values.transpose(1, 2)).to(x.dtype))
 
 
 @lru_cache(maxsize=4096)
@@ -163,12 +161,9 @@ def _cuts(ranges: Ranges) -> Iterator[tuple[tuple[int, int], slice]]:
         before += stop - start
 
 
-@lru_cache(maxsize=1024)
-def segments(launch: Launch, device: torch.device, stream: int) -> Segments:
-    """The segments of a launch for a kernel; of upper triangles in reverse, as their tensors are (see `schedule`).
-
-    stream: of the device, the current one, and the one in which they are used (see `sending`).
-    """
+@kept_per_stream(maxsize=1024)
+def segments(launch: Launch, device: torch.device) -> Segments:
+    """The segments of a launch for a kernel; of upper triangles in reverse, as their tensors are (see `schedule`)."""
     queries, keys = ([stop - start for start, stop in ranges] for ranges in (launch.rows, launch.columns))
     if launch.shape is Shape.UPPER:
         queries, keys = queries[::-1], keys[::-1]
@@ -183,6 +178,6 @@ def segments_of(queries: Sequence[int], keys: Sequence[int], device: torch.devic
     return Segments(q_offsets, k_offsets, max(queries), max(keys), cuts)
 
 
-@lru_cache(maxsize=128)  # on the device: as many numbers as there are tokens in the ranges
-def _index(ranges: Ranges, device: torch.device, stream: int) -> torch.Tensor:
+@kept_per_stream(maxsize=128)  # as many numbers as there are tokens in the ranges
+def _index(ranges: Ranges, device: torch.device) -> torch.Tensor:
     return send(torch.cat([torch.arange(start, stop) for start, stop in ranges]), device)

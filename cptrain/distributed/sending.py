@@ -9,7 +9,14 @@ early, or after it was given to somebody else. So what is kept from one use to t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import ParamSpec, TypeVar
+
 import torch
+
+Key = ParamSpec("Key")
+Sent = TypeVar("Sent")
 
 
 def send(x: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -22,3 +29,21 @@ def send(x: torch.Tensor, device: torch.device) -> torch.Tensor:
 def current_stream(device: torch.device) -> int:
     """Which of the device's streams is current; 0 where there are none."""
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def kept_per_stream(maxsize: int) -> Callable[[Callable[Key, Sent]], Callable[Key, Sent]]:
+    """A cache of what a function sends to the device that is its last argument: for each of its streams another one."""
+
+    def decorate(make: Callable[Key, Sent]) -> Callable[Key, Sent]:
+        @lru_cache(maxsize)
+        def kept(stream: int, *key: Key.args, **named: Key.kwargs) -> Sent:
+            return make(*key, **named)
+
+        @wraps(make)
+        def get(*key: Key.args, **named: Key.kwargs) -> Sent:
+            return kept(current_stream(key[-1]), *key, **named)  # type: ignore[arg-type]
+
+        get.cache_clear = kept.cache_clear  # type: ignore[attr-defined]
+        return get
+
+    return decorate
