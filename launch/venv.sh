@@ -30,15 +30,16 @@ find_python() {
     "Install one, or name it: PYTHON=/path/to/python3.12 bash $0"
 }
 
-# Whether .venv runs, can install, and was made here: it holds absolute paths, so a moved checkout needs a new one.
+# Whether .venv runs, can install, and was made here: it holds absolute paths, so a moved checkout needs a new one. So
+# does one in which an installation was killed: pip takes half a package for a whole one.
 is_usable() {
-  is_recent "$1/bin/python" && "$1/bin/python" -c 'import pip' 2>/dev/null &&
+  [ ! -e "$1/cptrain-installing" ] && is_recent "$1/bin/python" && "$1/bin/python" -c 'import pip' 2>/dev/null &&
     [ "$(cat "$1/cptrain-root" 2>/dev/null || echo "$root")" = "$root" ]
 }
 
 # set_up "" or set_up dev: returns at once where the same was installed before.
 set_up() {
-  local extra=$1 venv=$root/.venv fingerprint python stamp
+  local extra=$1 venv=$root/.venv fingerprint python stamp status=0
   if ! is_usable "$venv"; then
     python=$(find_python)
     echo "Making $venv with $("$python" --version) ..."
@@ -53,7 +54,10 @@ set_up() {
     fi
   done
   echo "Installing cptrain and its dependencies (the first time takes minutes: torch is large) ..."
+  touch "$venv/cptrain-installing"
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-    --constraint "$root/constraints.txt" --editable "$root${extra:+[$extra]}"
+    --constraint "$root/constraints.txt" --editable "$root${extra:+[$extra]}" || status=$?
+  rm "$venv/cptrain-installing"
+  [ "$status" = 0 ] || exit "$status"
   echo "$fingerprint" >"$venv/cptrain-installed-$extra"
 }

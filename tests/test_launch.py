@@ -172,6 +172,18 @@ def test_launch_venv_is_made_anew_in_a_moved_checkout(checkout: Checkout) -> Non
     assert f"-m venv --clear {checkout.folder}/.venv" in checkout.log.read_text()
 
 
+def test_launch_venv_is_made_anew_after_an_installation_that_was_killed(checkout: Checkout) -> None:
+    checkout.set_up("")
+    python = checkout.folder / ".venv/bin/python"
+    working = python.read_text()
+    write_command(python, '#!/bin/bash\ncase "$*" in *"pip install"*) kill -9 $PPID ;; esac\n')
+    assert checkout.set_up("dev").returncode != 0
+    write_command(python, working)
+    assert checkout.set_up("dev").returncode == 0
+    assert f"-m venv --clear {checkout.folder}/.venv" in checkout.log.read_text()
+    assert not (checkout.folder / ".venv/cptrain-installing").exists()
+
+
 def test_launch_venv_keeps_one_that_the_user_made(checkout: Checkout) -> None:
     write_command(checkout.folder / ".venv/bin/python", FAKE_PYTHON.format(log=checkout.log))
     checkout.set_up("")
