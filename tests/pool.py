@@ -73,6 +73,8 @@ def _run(
     import torch
     import torch.distributed as dist
 
+    from cptrain.distributed.shared_gloo import shared_gloo
+
     if module not in sys.modules:
         importlib.import_module(module)
         # Modules stay: the collection after each job need not look at all of torch again.
@@ -91,7 +93,11 @@ def _run(
     elif "nccl" in backend:
         torch.cuda.set_device(rank)
     dist.init_process_group(
-        backend, store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timedelta(seconds=60)
+        backend or shared_gloo(),
+        store=dist.FileStore(store, world),
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=60),
     )
     try:
         result = function(rank, world, *args, **kwargs)
@@ -147,7 +153,7 @@ class Pool:
         function: Callable,
         *args: Any,
         timeout_s: float = 240,
-        backend: str = "gloo",
+        backend: str = "",
         **kwargs: Any,
     ) -> list[Any]:
         while len(self._workers) < world:

@@ -17,6 +17,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 
 from cptrain.config.launcher import announced_ranks
 from cptrain.distributed.settings import CommConfig
+from cptrain.distributed.shared_gloo import shared_gloo
 
 Result = TypeVar("Result")
 
@@ -47,7 +48,7 @@ def process_group(comm: CommConfig, device: torch.device) -> Iterator[None]:
     Ranks are those of `rank_from_environment`, found at MASTER_ADDR and MASTER_PORT; a world of one needs no port.
     """
     rank, world_size = rank_from_environment()
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else shared_gloo()
     timeout = timedelta(seconds=comm.init_timeout_seconds)
     with tempfile.TemporaryDirectory(prefix="cptrain-") as folder:
         if world_size == 1:

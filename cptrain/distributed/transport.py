@@ -1,11 +1,11 @@
-"""Messages between the ranks of one group: ring hops and all-to-alls. No other file sends point to point.
+"""Messages between the ranks of one group: ring hops, all-to-alls, parts to owners. No other file sends point to point.
 
 Groups are passed by name, as torch's functional collectives do, so that a custom operator can carry them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import zip_longest
@@ -104,7 +104,8 @@ class Messenger:
             if pair.send:
                 _note("send", sum(x.nbytes for x in pair.send))
             self._held += [*pair.send, *pair.receive]
-        self._works += _start(self._group, pairs)
+        with standing_still():
+            self._works += _start(self._group, pairs)
         if not self._overlap:
             self.wait()
 
@@ -126,8 +127,7 @@ def _start(group: dist.ProcessGroup, pairs: Sequence[Pair]) -> list[dist.Work]:
                 operations.append(dist.P2POp(dist.irecv, there, dist.get_global_rank(group, source), group=group))
     if not operations:
         return []
-    with standing_still():
-        return dist.batch_isend_irecv(operations)
+    return dist.batch_isend_irecv(operations)
 
 
 def end(works: Sequence[dist.Work]) -> None:
@@ -146,9 +146,14 @@ def _in_order(send: torch.Tensor) -> bool:
     return send.is_cuda and dist.get_debug_level() != dist.DebugLevel.DETAIL
 
 
-def _named(new: str, old: str) -> Callable[..., Any]:
-    """A collective of torch by its new name, where torch has it: it then warns of the old one."""
-    return getattr(dist, new, None) or getattr(dist, old)
+def all_gather_single(*arguments: Any, **options: Any) -> Any:
+    """torch's, by its new name where torch has it: it then warns of the old one."""
+    return getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(*arguments, **options)
+
+
+def reduce_scatter_single(*arguments: Any, **options: Any) -> Any:
+    """torch's, by its new name where torch has it: it then warns of the old one."""
+    return getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)(*arguments, **options)
 
 
 class Gathering:
@@ -162,9 +167,8 @@ class Gathering:
         """(parts of all ranks in rank order [N, ...], what to `end` before they are read) of one contiguous part."""
         _note("all_gather", part.nbytes * (self._group.size() - 1))
         parts = part.new_empty(self._group.size(), *part.shape)
-        gather = _named("all_gather_single", "all_gather_into_tensor")
         with standing_still():
-            works = [gather(parts.flatten(0, 1), part.contiguous(), group=self._group, async_op=True)]
+            works = [all_gather_single(parts.flatten(0, 1), part.contiguous(), group=self._group, async_op=True)]
         if not self._overlap:
             end(works)
             works = []
@@ -175,24 +179,44 @@ class Gathering:
         own = parts.new_empty(parts.shape[1:])
         _note("reduce_scatter", parts.nbytes - own.nbytes)
         if parts.device.type != "cpu":
-            reduce_scatter = _named("reduce_scatter_single", "reduce_scatter_tensor")
             with standing_still():
-                reduce_scatter(own, parts.flatten(0, 1), group=self._group)
+                reduce_scatter_single(own, parts.flatten(0, 1), group=self._group)
             return own
-        # gloo would add everything up on every rank: twice the bytes, and 2.5 times the time.
-        rank, size = self._group.rank(), self._group.size()
-        received = parts.new_empty(size - 1, *own.shape)
-        steps = [(step, (rank + step) % size, (rank - step) % size) for step in range(1, size)]
-        end(_start(self._group, [Pair(to, (parts[to],), source, (received[step - 1],)) for step, to, source in steps]))
-        torch.sum(received, 0, out=own)
-        own += parts[rank]
+        with standing_still():
+            reduce_to_owners(own, parts, self._group)
         return own
+
+
+def reduce_to_owners(own: torch.Tensor, parts: torch.Tensor, group: dist.ProcessGroup) -> None:
+    """Write to `own` [...] the sum over ranks of the slice of their contiguous `parts` [N, ...] that is this rank's.
+
+    A reduce-scatter by messages: gloo adds everything up on every rank, twice the bytes and 2.5 times the time.
+    """
+    rank, size = group.rank(), group.size()
+    received = parts.new_empty(size - 1, *own.shape)
+    steps = [(step, (rank + step) % size, (rank - step) % size) for step in range(1, size)]
+    works = _start(group, [Pair(to, (parts[to],), source, (received[step - 1],)) for step, to, source in steps])
+    for work in works:
+        work.wait()
+    torch.sum(received, 0, out=own)
+    own += parts[rank]
+
+
+def gather_from_owners(parts: torch.Tensor, own: torch.Tensor, group: dist.ProcessGroup) -> None:
+    """Write to contiguous `parts` [N, ...] the contiguous `own` [...] of all ranks: an all-gather by messages."""
+    rank, size = group.rank(), group.size()
+    steps = [((rank + step) % size, (rank - step) % size) for step in range(1, size)]
+    works = _start(group, [Pair(to, (own,), source, (parts[source],)) for to, source in steps])
+    parts[rank] = own
+    for work in works:
+        work.wait()
 
 
 def all_to_all(group_name: str, pairs: Sequence[Pair]) -> list[dist.Work]:
     """Start an all-to-all, of a pair for every other rank, and return what to `end`; see `Messenger.post`."""
     _note("all_to_all", sum(x.nbytes for pair in pairs for x in pair.send))
-    return _start(resolve(group_name), pairs)
+    with standing_still():
+        return _start(resolve(group_name), pairs)
 
 
 def check_same_groups(group: dist.ProcessGroup, device: torch.device) -> None:

@@ -7,6 +7,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from cptrain.models.llama import Llama
+from cptrain.parallel.by_messages import AllGather, ReduceScatter
 
 
 def apply_fsdp(
@@ -38,3 +39,7 @@ def apply_fsdp(
             module.set_gradient_divide_factor(1.0)
             # A factor of 1 would still be sent as a pre-multiplied sum, which gloo does not have.
             module.set_force_sum_reduction_for_comms(True)
+            if mesh.device_type == "cpu":
+                # Their base classes have no public name.
+                module.set_custom_all_gather(AllGather())  # type: ignore[arg-type]
+                module.set_custom_reduce_scatter(ReduceScatter())  # type: ignore[arg-type]

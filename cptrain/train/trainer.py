@@ -26,6 +26,7 @@ from cptrain.data.loader import SENT
 from cptrain.data.tokenizer import build_tokenizer
 from cptrain.distributed.mesh import build_meshes
 from cptrain.distributed.process_group import first_rank_result, set_timeouts
+from cptrain.distributed.shared_gloo import shared_gloo
 from cptrain.distributed.standstill import measured_standstill
 from cptrain.loss import IGNORED, cross_entropy_sum
 from cptrain.metrics.flops import training_flops
@@ -104,7 +105,7 @@ class Trainer:
 
             self.step = 0
             self.tokens_seen = 0
-            gloo = dist.new_group(backend="gloo") if self.world_size > 1 else None
+            gloo = dist.new_group(backend=shared_gloo()) if self.world_size > 1 else None
             self.checkpointer = Checkpointer(settings.checkpoint, settings.job.folder, gloo, mesh=asdict(degrees))
             self.toml = dump(settings)
             data_of_checkpoint = self._resume()
