@@ -43,7 +43,11 @@ def variants(folder: Path, text: str, degrees: dict[str, int], world: int) -> di
         f"{MASK[case != causal]}, checkpointing {mode}, accumulation {accumulation}": small_settings(
             folder / f"{mode}-{accumulation}",
             text,
-            parallelism={**degrees, "fsdp_reduce_each_microbatch": mode == "full"},
+            parallelism={
+                **degrees,
+                "fsdp_reduce_each_microbatch": mode == "full",
+                "fsdp_reshard_after_forward": mode != "selective",
+            },
             activation_checkpoint={"mode": mode},
             training={"local_batch_size": GLOBAL_BATCH // (data * accumulation)},
             validation={"enable": case == cases[0]},

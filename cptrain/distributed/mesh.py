@@ -52,16 +52,9 @@ class Meshes:
 
     def sum_over_batch(self, values: torch.Tensor) -> torch.Tensor:
         """`values` summed in place over all ranks that hold different tokens (tensor peers hold the same)."""
-        return self._reduce_over_batch(values, dist.ReduceOp.SUM)
-
-    def max_over_batch(self, values: torch.Tensor) -> torch.Tensor:
-        """The largest of `values` over all ranks that hold different tokens, in place."""
-        return self._reduce_over_batch(values, dist.ReduceOp.MAX)
-
-    def _reduce_over_batch(self, values: torch.Tensor, operation: dist.ReduceOp.RedOpType) -> torch.Tensor:
         for axis in ("fsdp", "dp_replicate"):
             if self.parameters.size(("dp_replicate", "fsdp").index(axis)) > 1:
-                dist.all_reduce(values, op=operation, group=self.parameters.get_group(axis))
+                dist.all_reduce(values, group=self.parameters.get_group(axis))
         return values
 
 

@@ -212,6 +212,18 @@ def gather_from_owners(parts: torch.Tensor, own: torch.Tensor, group: dist.Proce
         work.wait()
 
 
+def gather(own: torch.Tensor) -> torch.Tensor:
+    """The `own` [...] of all ranks of the default group in rank order [N, ...]."""
+    group = dist.group.WORLD
+    assert group is not None
+    parts = own.new_empty(group.size(), *own.shape)
+    if own.device.type == "cpu":
+        gather_from_owners(parts, own.contiguous(), group)
+    else:
+        all_gather_single(parts.flatten(0, 1), own.contiguous(), group=group)
+    return parts
+
+
 def all_to_all(group_name: str, pairs: Sequence[Pair]) -> list[dist.Work]:
     """Start an all-to-all, of a pair for every other rank, and return what to `end`; see `Messenger.post`."""
     _note("all_to_all", sum(x.nbytes for pair in pairs for x in pair.send))

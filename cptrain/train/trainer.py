@@ -28,6 +28,7 @@ from cptrain.distributed.mesh import build_meshes
 from cptrain.distributed.process_group import first_rank_result, set_timeouts
 from cptrain.distributed.shared_gloo import shared_gloo
 from cptrain.distributed.standstill import measured_standstill
+from cptrain.distributed.transport import gather
 from cptrain.loss import IGNORED, cross_entropy_sum
 from cptrain.metrics.flops import training_flops
 from cptrain.metrics.logger import Metrics
@@ -201,9 +202,11 @@ class Trainer:
         self.tokens_seen += self.stage.tokens_per_step
         loss = max_loss = exposed_s = float("nan")
         if self.metrics.due(step):
-            loss = (self.stage.meshes.sum_over_batch(loss_here.clone()) / valid).item()
-            max_loss = self.stage.meshes.max_over_batch(loss_here / max(int(valid_here), 1)).item()
-            exposed_s = self._sum_over_ranks(torch.tensor(standstill.seconds())).item() / self.world_size
+            exposed_here = loss_here.new_tensor(standstill.seconds())
+            here = torch.stack((loss_here, loss_here / max(int(valid_here), 1), exposed_here))
+            losses, means, exposed = gather(here).T.tolist()
+            loss = sum(losses[:: self.stage.meshes.degrees.tp]) / valid  # tensor peers hold the same tokens
+            max_loss, exposed_s = max(means), sum(exposed) / self.world_size
         step_time_s = time.perf_counter() - start
         points = counts.curves(self.stage.tokens_per_step)
         if self.stage.context.degree > 1:
