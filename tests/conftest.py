@@ -4,12 +4,13 @@ import os
 from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Ranks outnumber cores: whoever gets a message does not interrupt who computes. A sixth less time.
-if hasattr(os, "SCHED_BATCH"):
-    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 import pytest
 from pool import Pool
+
+from cptrain.distributed.turns import take_turns
+
+take_turns()  # all processes that tests start, too: ranks outnumber the cores
 
 # A process that began one of these last would work alone for minutes at the end.
 LONGEST = (

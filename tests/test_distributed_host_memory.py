@@ -58,7 +58,7 @@ def test_distributed_memory_that_tensors_free_is_kept():
 
 
 @pytest.mark.parametrize(("device", "kept"), [("cpu", True), ("cuda", False)])
-def test_distributed_memory_is_kept_by_training_on_cpu(device, kept):
+def test_distributed_memory_is_kept_and_turns_are_taken_by_training_on_cpu(device, kept):
     class Reached(Exception):
         pass
 
@@ -66,7 +66,8 @@ def test_distributed_memory_is_kept_by_training_on_cpu(device, kept):
         "local_device": mock.Mock(return_value=torch.device(device)),
         "process_group": mock.Mock(side_effect=Reached),
         "keep_freed_memory": mock.Mock(),
+        "take_turns": mock.Mock(),
     }
     with mock.patch.multiple(train_run, **stubs), pytest.raises(Reached):
         train_run.run(TrainSettings())
-    assert stubs["keep_freed_memory"].called == kept
+    assert stubs["keep_freed_memory"].called == stubs["take_turns"].called == kept

@@ -38,6 +38,7 @@ from attention_report import HEADER, Result, combine, size, write_chart, write_c
 from simulated_group import simulated_ranks
 
 from cptrain.distributed.host_memory import keep_freed_memory
+from cptrain.distributed.turns import take_turns
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -184,6 +185,7 @@ def simulated_rows(arguments: argparse.Namespace, jobs: Jobs) -> Iterator[list[R
     """What the asked for ranks measure of every job, one rank after another in this process."""
     torch.set_num_threads(arguments.threads)
     keep_freed_memory()  # as cptrain.train does
+    take_turns()
     device, size = device_of(arguments, 0), arguments.simulate_ranks
     for problem, methods in jobs:
         rows = []
@@ -269,6 +271,7 @@ def run_rank(
     try:
         torch.set_num_threads(arguments.threads)
         keep_freed_memory()
+        take_turns()
         device = device_of(arguments, rank)
         if device.type == "cuda":
             torch.cuda.set_device(device)

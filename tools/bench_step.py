@@ -214,9 +214,11 @@ def time_trainer(arguments: argparse.Namespace, folder: Path) -> tuple[float, fl
     import torch.distributed as dist
 
     from cptrain.distributed.host_memory import keep_freed_memory
+    from cptrain.distributed.turns import take_turns
     from cptrain.train.trainer import Trainer
 
     keep_freed_memory()  # as cptrain.train does
+    take_turns()
     clock = Clock(arguments.warmup)
     with Trainer(settings_of(arguments, folder), torch.device("cpu")) as trainer:
         if arguments.child == "torch_ring":

@@ -32,6 +32,7 @@ from cptrain.context_parallel.packed_batch import PackedBatch
 from cptrain.context_parallel.schedule import Block, Shape
 from cptrain.distributed.host_memory import keep_freed_memory
 from cptrain.distributed.transport import recorded_messages
+from cptrain.distributed.turns import take_turns
 
 CAUSAL_RING = "causal ring"  # zigzag that ignores documents
 SINGLE = "single"
@@ -152,6 +153,7 @@ def run_rank(
     try:
         torch.set_num_threads(cases[0].threads)
         keep_freed_memory()  # as cptrain.train does
+        take_turns()
         dist.init_process_group("gloo", store=dist.FileStore(store, ranks), rank=rank, world_size=ranks)
         for case in cases:
             pipe.send(measure(case, rank))
@@ -167,6 +169,7 @@ def run_simulated(
     try:
         torch.set_num_threads(cases[0].threads)
         keep_freed_memory()  # as cptrain.train does
+        take_turns()
         for case in cases:
             pipe.send(measure_simulated(case, range(worker, case.ranks, workers)))
     except Exception:

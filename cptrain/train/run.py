@@ -17,6 +17,7 @@ import cptrain
 from cptrain.config.error import fail
 from cptrain.distributed.host_memory import keep_freed_memory
 from cptrain.distributed.process_group import local_device, process_group
+from cptrain.distributed.turns import take_turns
 from cptrain.train.settings import TrainSettings
 from cptrain.train.trainer import Trainer
 
@@ -30,6 +31,7 @@ def run(settings: TrainSettings) -> None:
             device = local_device()
             if device.type == "cpu":
                 keep_freed_memory()
+                take_turns()
             ends.enter_context(process_group(settings.comm, device))
         _start_logging(dist.get_rank())
         with worded(ValueError, NotImplementedError):
