@@ -227,3 +227,15 @@ def context_modules(rank: int, world: int) -> list[list[str]]:
 def test_parallel_model_names_the_modules_that_the_plan_serves_on_any_number_of_ranks(pool):
     on_a_ring, alone = pool.run(2, context_modules)[0]
     assert on_a_ring == alone == ["layers.0.attention", "layers.1.attention"]
+
+
+def collectives_of_a_step(rank: int, world: int) -> set[str]:
+    parallel, meshes = build(Degrees(dp_shard=2, tp=2))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
+        loss_of(parallel, meshes).backward()
+    return {event.name for event in profiled.events() if event.name.startswith("c10d::")}
+
+
+def test_parallel_model_on_cpu_gathers_and_scatters_by_messages(pool):
+    # What is reduced and not scattered: gradients of norms, and of the loss the softmax.
+    assert pool.run(4, collectives_of_a_step) == [{"c10d::send", "c10d::recv_", "c10d::allreduce_"}] * 4
