@@ -19,10 +19,10 @@ import torch
 import torch.distributed as dist
 
 from cptrain.distributed.transport import (
+    all_gather,
     all_gather_single,
-    gather_from_owners,
+    reduce_scatter,
     reduce_scatter_single,
-    reduce_to_owners,
     resolve,
 )
 
@@ -64,7 +64,7 @@ def _all_gather(own: torch.Tensor, group_size: int, group: dist.ProcessGroup | s
     group = _resolved(group)
     parts = own.new_empty(group_size, *own.shape)
     if dist.get_backend(group) == NAME:
-        gather_from_owners(parts, own.contiguous(), group)
+        all_gather(parts, own.contiguous(), group)
     else:
         all_gather_single(parts.flatten(0, 1), own.contiguous(), group=group)
     return parts.flatten(0, 1)
@@ -77,7 +77,7 @@ def _reduce_scatter(
     parts = whole.contiguous().unflatten(0, (group_size, -1))
     own = torch.empty_like(parts[0])
     if dist.get_backend(group) == NAME and reduce_op == "sum":
-        reduce_to_owners(own, parts, group)
+        reduce_scatter(own, parts, group)
     else:
         reduce_scatter_single(own, whole.contiguous(), op=getattr(dist.ReduceOp, reduce_op.upper()), group=group)
     return own

@@ -178,20 +178,19 @@ class Gathering:
         """This rank's slice of contiguous `parts` [N, ...], summed over all ranks."""
         own = parts.new_empty(parts.shape[1:])
         _note("reduce_scatter", parts.nbytes - own.nbytes)
-        if parts.device.type != "cpu":
-            with standing_still():
-                reduce_scatter_single(own, parts.flatten(0, 1), group=self._group)
-            return own
         with standing_still():
-            reduce_to_owners(own, parts, self._group)
+            reduce_scatter(own, parts, self._group)
         return own
 
 
-def reduce_to_owners(own: torch.Tensor, parts: torch.Tensor, group: dist.ProcessGroup) -> None:
+def reduce_scatter(own: torch.Tensor, parts: torch.Tensor, group: dist.ProcessGroup) -> None:
     """Write to `own` [...] the sum over ranks of the slice of their contiguous `parts` [N, ...] that is this rank's.
 
-    A reduce-scatter by messages: gloo adds everything up on every rank, twice the bytes and 2.5 times the time.
+    On CPU by messages: gloo adds everything up on every rank, twice the bytes and 2.5 times the time.
     """
+    if parts.device.type != "cpu":
+        reduce_scatter_single(own, parts.flatten(0, 1), group=group)
+        return
     rank, size = group.rank(), group.size()
     received = parts.new_empty(size - 1, *own.shape)
     steps = [(step, (rank + step) % size, (rank - step) % size) for step in range(1, size)]
@@ -202,8 +201,11 @@ def reduce_to_owners(own: torch.Tensor, parts: torch.Tensor, group: dist.Process
     own += parts[rank]
 
 
-def gather_from_owners(parts: torch.Tensor, own: torch.Tensor, group: dist.ProcessGroup) -> None:
-    """Write to contiguous `parts` [N, ...] the contiguous `own` [...] of all ranks: an all-gather by messages."""
+def all_gather(parts: torch.Tensor, own: torch.Tensor, group: dist.ProcessGroup) -> None:
+    """Write to contiguous `parts` [N, ...] the contiguous `own` [...] of all ranks; on CPU by messages."""
+    if parts.device.type != "cpu":
+        all_gather_single(parts.flatten(0, 1), own, group=group)
+        return
     rank, size = group.rank(), group.size()
     steps = [((rank + step) % size, (rank - step) % size) for step in range(1, size)]
     works = _start(group, [Pair(to, (own,), source, (parts[source],)) for to, source in steps])
@@ -217,10 +219,7 @@ def gather(own: torch.Tensor) -> torch.Tensor:
     group = dist.group.WORLD
     assert group is not None
     parts = own.new_empty(group.size(), *own.shape)
-    if own.device.type == "cpu":
-        gather_from_owners(parts, own.contiguous(), group)
-    else:
-        all_gather_single(parts.flatten(0, 1), own.contiguous(), group=group)
+    all_gather(parts, own.contiguous(), group)
     return parts
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from cptrain.distributed.transport import gather_from_owners, reduce_to_owners
+from cptrain.distributed.transport import all_gather, reduce_scatter
 
 
 class _OnHost:
@@ -25,7 +25,7 @@ class AllGather(_OnHost):
         self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> None:
         """Write to the output [N n] the inputs [n] of all N ranks; done on return."""
-        gather_from_owners(output_tensor.view(group.size(), -1), input_tensor, group)
+        all_gather(output_tensor.view(group.size(), -1), input_tensor, group)
 
 
 class ReduceScatter(_OnHost):
@@ -42,4 +42,4 @@ class ReduceScatter(_OnHost):
         """Write to the output [n] this rank's part of the inputs [N n], summed over all N ranks; done on return."""
         if op != dist.ReduceOp.SUM:
             raise NotImplementedError(f"{op}: gradients are summed here, not averaged")
-        reduce_to_owners(output_tensor, input_tensor.view(group.size(), -1), group)
+        reduce_scatter(output_tensor, input_tensor.view(group.size(), -1), group)

@@ -349,7 +349,7 @@ class Trainer:
         return max(valid // degrees.tp, 1), Counts.from_list([number // copies for number in others])
 
     def _sum_over_ranks(self, numbers: torch.Tensor) -> torch.Tensor:
-        """Numbers, summed over all ranks."""
+        """int64 numbers, summed over all ranks."""
         total = numbers.to(self.device)
         if self.world_size > 1:
             dist.all_reduce(total)
