@@ -239,10 +239,14 @@ def test_metrics_validation_is_told_apart(tmp_path, messages):
     with metrics(tmp_path) as run:
         run.record(record(1))
         run.validation(1, torch.tensor(2.25), {"long_context/needle_acc": 0.5})
-    train, validation = written(tmp_path)
+        run.validation(2, 2.125)
+    train, validation, _ = written(tmp_path)
     assert (train["kind"], validation["kind"]) == ("train", "validation")
     assert (validation["step"], validation["loss"], validation["long_context/needle_acc"]) == (1, 2.25, 0.5)
-    assert messages.messages[-1] == "validate step: 1  loss: 2.25000"
+    assert messages.messages[-2:] == [
+        "validate step: 1  loss: 2.25000  needle_acc: 0.500",
+        "validate step: 2  loss: 2.12500",
+    ]
 
 
 def interrupted(folder: Path) -> None:

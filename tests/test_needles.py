@@ -20,8 +20,9 @@ from cptrain.data.needles import AFTER, BEFORE, LEAST_TEXT, QUESTION, Needles
 from cptrain.data.split import split_documents
 from cptrain.data.tokenizer import ByteTokenizer
 from cptrain.data.windows import IGNORE, Windows
+from cptrain.metrics.tags import NEEDLE_ACC
 from cptrain.train import evaluation
-from cptrain.train.evaluation import NEEDLES, Evaluation, StoppedError, check_needles_fit
+from cptrain.train.evaluation import Evaluation, StoppedError, check_needles_fit
 from cptrain.train.settings import TrainingConfig, TrainingStage, TrainSettings, ValidationConfig
 from cptrain.train.trainer import Trainer
 
@@ -179,7 +180,7 @@ def shares(rank: int, world: int, settings: Any) -> tuple[list[float], list[bool
             third = found.needles()
         windows = [trainer.stage._needles.window(number) for number in range(COUNT)]
         small = [bool((x["labels"] < ord("5")).all()) for x in windows]
-    return [each[NEEDLES] for each in (first, second, third)], small
+    return [each[NEEDLE_ACC] for each in (first, second, third)], small
 
 
 @pytest.mark.parametrize(("layout", "masked"), [*((layout, True) for layout in LAYOUTS), ("ring 2", False)])
@@ -242,4 +243,4 @@ def test_needles_found_are_recorded_beside_the_held_out_loss(pool, tmp_path, cou
     lines = [json.loads(line) for line in (settings.job.folder / "metrics.jsonl").read_text().splitlines()]
     validations = [line for line in lines if line["kind"] == "validation"]
     assert [line["step"] for line in validations] == [0, 1, 2]
-    assert all(line.get(NEEDLES) == (0.0 if count else None) and line["loss"] > 0 for line in validations)
+    assert all(line.get(NEEDLE_ACC) == (0.0 if count else None) and line["loss"] > 0 for line in validations)

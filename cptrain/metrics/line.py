@@ -32,6 +32,7 @@ def format_line(summary: Summary, *, device_word: str) -> str:
     return "  ".join(f"{key}: {value}" for key, value in pairs.items())
 
 
-def format_validation(step: int, loss: float) -> str:
-    """The line of a validation, in the same form."""
-    return f"validate step: {step}  loss: {loss:.5f}"
+def format_validation(step: int, loss: float, needle_acc: float | None = None) -> str:
+    """The line of a validation, in the same form; needle_acc: the share of needles found, where any were hidden."""
+    found = "" if needle_acc is None else f"  needle_acc: {needle_acc:.3f}"
+    return f"validate step: {step}  loss: {loss:.5f}{found}"

@@ -115,7 +115,7 @@ class Metrics:
         if not self._writes:
             return
         value, others = float(loss), {name: float(number) for name, number in (extra or {}).items()}
-        logger.info(format_validation(step, value))
+        logger.info(format_validation(step, value, others.get(tags.NEEDLE_ACC)))
         self._write(step, "validation", {"loss": value, **others}, {tags.VALIDATION_LOSS: value, **others})
 
     def close(self) -> None:

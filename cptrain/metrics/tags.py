@@ -8,6 +8,7 @@ from cptrain.metrics import human
 from cptrain.metrics.record import Summary
 
 VALIDATION_LOSS = "validation_metrics/loss"
+NEEDLE_ACC = "long_context/needle_acc"
 
 # Hugging Face's Trainer has these curves under its own names; all others keep torchtitan's.
 _HF = {

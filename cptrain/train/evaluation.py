@@ -14,12 +14,11 @@ from cptrain.data.loader import Batch
 from cptrain.data.needles import check_needles
 from cptrain.data.tokenizer import Tokenizer
 from cptrain.loss import IGNORED, correct_each, cross_entropy_each
+from cptrain.metrics import tags
 from cptrain.train.batch import Shard
 from cptrain.train.positions import curves, ranges, sums_by_range
 from cptrain.train.settings import TrainSettings
 from cptrain.train.stage import Stage
-
-NEEDLES = "long_context/needle_acc"
 
 
 def check_needles_fit(settings: TrainSettings, tokenizer: Tokenizer) -> None:
@@ -68,7 +67,7 @@ class Evaluation:
             # Labels of what fills a batch up are ignored.
             missed = ((shard.labels != IGNORED) & ~right).sum(1)
             wrong.index_add_(0, batch["needle"].to(wrong.device), missed.to(wrong.dtype))
-        return {NEEDLES: (self._stage.meshes.sum_over_batch(wrong) == 0).double().mean().item()}
+        return {tags.NEEDLE_ACC: (self._stage.meshes.sum_over_batch(wrong) == 0).double().mean().item()}
 
     def _passes(self, batches: Generator[Batch], of_each: Any) -> Iterator[tuple[Batch, Shard, torch.Tensor]]:
         """Every batch, this rank's part of it, and what the function says of its tokens [B, T]."""
