@@ -241,22 +241,27 @@ def test_bench_step_prints_a_table(
         "two_runs": (8.0, 11.0),
         "in_step": (10.0, 12.5),
         "torch_ring": (4.8, 7.5),
+        "torchtitan_one": (8.0, 8.0),
+        "torchtitan_cp2": (5.0, 10.0),
     }
-    slower = iter([1] * 5 + [2] * 5 + [4] * 5)
+    slower = iter([1] * 7 + [2] * 7 + [4] * 7)
 
     def measure(_: Namespace, name: str) -> tuple[float, float]:
         times = next(slower)
         return times * found[name][0], times * found[name][1]
 
     monkeypatch.setattr(bench_step, "measure", measure)
+    monkeypatch.setattr(bench_step, "missing", list)
     rows = step_table(monkeypatch, capsys, "--cases", ",".join(found), "--rounds", "3")
-    # Two runs at once do twice the work of one; what two ranks reach of that is their share.
+    # Two runs at once do twice the work of one; of that two ranks reach a share. A peer has one rank of its own.
     assert rows == {
         "bare": ["1", "18.000", "0.667x", "1.000x", "-", "12.000", "1.200"],
         "one": ["1", "12.000", "1.000x", "1.500x", "-", "10.000", "1.000"],
         "two_runs": ["2", "16.000", "1.500x", "2.250x", "100.0%", "22.000", "1.100"],
         "in_step": ["2", "20.000", "1.200x", "1.800x", "80.0%", "25.000", "1.250"],
         "torch_ring": ["2", "9.600", "1.250x", "1.875x", "83.3%", "15.000", "1.500"],
+        "torchtitan_one": ["1", "16.000", "1.000x", "1.125x", "-", "16.000", "1.000"],
+        "torchtitan_cp2": ["2", "10.000", "1.600x", "1.800x", "80.0%", "20.000", "1.250"],
     }
 
 
@@ -282,6 +287,69 @@ def test_bench_step_refuses_unknown_cases_by_name(
     with pytest.raises(SystemExit):
         step_table(monkeypatch, capsys, "--cases", "one,cp3,tp")
     assert "--cases: cp3, tp is not one of bare, one, two_runs" in capsys.readouterr().err
+
+
+def test_bench_step_refuses_a_peer_that_is_not_installed(
+    tools: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import bench_step
+    import torchtitan_step
+
+    monkeypatch.setattr(torchtitan_step, "NEEDED", ("torch", "no_such_package"))
+    monkeypatch.setattr(bench_step, "measure", lambda *_: (1.0, 1.0))
+    with pytest.raises(SystemExit):
+        step_table(monkeypatch, capsys, "--cases", "one,torchtitan_cp2")
+    assert "torchtitan_* needs no_such_package: see tools/torchtitan_step.py" in capsys.readouterr().err
+    assert step_table(monkeypatch, capsys, "--cases", "one")["one"][1] == "1.000"
+
+
+def ring_of_torch(rank: int, world: int) -> tuple[list[torch.Tensor], int]:
+    """Output and gradients of causal attention by torch's ring around the CPU's kernel, and how often that ran here."""
+    sys.path.insert(0, str(ROOT / "tools"))
+    import torch.distributed.tensor.experimental._context_parallel._attention as ring
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+    from torchtitan_step import cpu_kernel_in_torch_ring
+
+    stock, rules = dict(ring.custom_ops), dict(DTensor._op_dispatcher.sharding_propagator.op_strategy_funcs)
+    cpu_kernel_in_torch_ring()
+    ring._enable_cp_dtensor_dispatcher()
+    try:
+        mesh = init_device_mesh("cpu", (world,))
+        tensors = [x.chunk(2 * world, dim=2) for x in ring_problem(world)]
+        order = [chunk for r in range(world) for chunk in (r, 2 * world - 1 - r)]
+        q, k, v, grad = (
+            distribute_tensor(torch.cat([x[chunk] for chunk in order], 2), mesh, [Shard(2)]) for x in tensors
+        )
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
+            out = torch.nn.functional.scaled_dot_product_attention(*leaves, is_causal=True)
+            out.backward(grad)
+        found = [x.full_tensor().chunk(2 * world, dim=2) for x in (out.detach(), *(leaf.grad for leaf in leaves))]
+        names = [e.name for e in profiled.events()]
+        return [torch.cat([x[order.index(chunk)] for chunk in range(2 * world)], 2) for x in found], names.count(
+            "c10d::alltoall_base_"
+        ) + names.count("_c10d_functional::all_to_all_single")
+    finally:
+        ring._disable_cp_dtensor_dispatcher()
+        ring.custom_ops = stock
+        DTensor._op_dispatcher.sharding_propagator.op_strategy_funcs.clear()
+        DTensor._op_dispatcher.sharding_propagator.op_strategy_funcs.update(rules)
+
+
+def ring_problem(world: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(1, 2, 8 * world, 8, dtype=torch.float64, generator=generator) for _ in range(4)]
+
+
+def test_ring_of_torch_that_the_step_is_compared_with_is_exact(pool) -> None:
+    q, k, v, grad = ring_problem(2)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = torch.nn.functional.scaled_dot_product_attention(*leaves, is_causal=True)
+    out.backward(grad)
+    for found, messages in pool.run(2, ring_of_torch):
+        for ours, expected in zip(found, (out, *(leaf.grad for leaf in leaves)), strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)  # it merges in fp32
+        assert messages > 0, "a ring sends"
 
 
 def test_bench_step_counts_cpu_seconds_of_work_alone(tools: ModuleType) -> None:

@@ -8,7 +8,8 @@ sequence.
 What two ranks can gain is what the machine gives to two processes at once: "two_runs" is twice the one-rank run, side
 by side, without a message between them. "in_step" is the same, but the two wait for each other before each block,
 forward and backward: what cores whose speed drifts apart give to ranks that need each other. "torch_ring" is the ring
-of 2 with torch's own ring attention in place of ours.
+of 2 with torch's own ring attention in place of ours. The "torchtitan_" cases, for which more has to be installed (see
+tools/torchtitan_step.py), are the same steps by torchtitan's trainer; "over one rank" is then over its own.
 
 "CPU s/step" is what the threads of all ranks compute and copy in a step, without what they wait for each other: over
 that of one rank it says what parallelism costs on cores of whatever speed.
@@ -34,6 +35,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from torchtitan_step import missing, time_torchtitan
+
 if TYPE_CHECKING:
     from cptrain.context_parallel import ContextParallel
     from cptrain.models.llama import Llama
@@ -49,8 +52,12 @@ CASES = {
     "tp2": (2, {"tensor_parallel_degree": 2}),
     "fsdp2": (2, {"data_parallel_shard_degree": 2}),
     "cp4": (4, {"ring_degree": 4}),
+    "torchtitan_one": (1, {}),
+    "torchtitan_cp2": (2, {"context_parallel_degree": 2}),
+    "torchtitan_tp2": (2, {"tensor_parallel_degree": 2}),
 }
 TWICE = ("two_runs", "in_step")  # two processes, each of which does all the work
+PEER = "torchtitan_"
 
 
 def main() -> None:
@@ -80,12 +87,13 @@ def main() -> None:
     for name in names:
         processes = 2 if name in TWICE else CASES[name][0]
         share = work = "-"
+        one = f"{PEER}one" if name.startswith(PEER) else "one"
         over_one, over_bare = (
             f"{ratio(times[alone], times[name]) * (2 if name in TWICE else 1):.3f}x" if alone in times else "-"
-            for alone in ("one", "bare")
+            for alone in (one, "bare")
         )
-        if "one" in times:
-            work = f"{ratio(cpu_times[name], cpu_times['one']) / (2 if name in TWICE else 1):.3f}"
+        if one in times:
+            work = f"{ratio(cpu_times[name], cpu_times[one]) / (2 if name in TWICE else 1):.3f}"
         if "two_runs" in times and processes == 2:
             share = f"{ratio(times['two_runs'], times[name]) / (1 if name in TWICE else 2):.1%}"
         seconds, cpu_seconds = (f"{statistics.median(of[name]):.3f}" for of in (times, cpu_times))
@@ -120,6 +128,8 @@ def parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     if unknown := [name for name in arguments.cases.split(",") if name not in CASES]:
         parser.error(f"--cases: {', '.join(unknown)} is not one of {', '.join(CASES)}")
+    if PEER in arguments.cases and (absent := missing()):
+        parser.error(f"--cases: {PEER}* needs {', '.join(absent)}: see tools/torchtitan_step.py, or leave them out")
     return arguments
 
 
@@ -142,7 +152,7 @@ def launch(arguments: argparse.Namespace, name: str, result: Path) -> subprocess
     """Start the ranks of one case, which write what they measured to `result`."""
     ranks = CASES[name][0]
     torchrun = f"torch.distributed.run --rdzv-backend c10d --rdzv-endpoint localhost:0 --nproc-per-node {ranks}"
-    command = [sys.executable, *(["-m", *torchrun.split()] if ranks > 1 else [])]
+    command = [sys.executable, *(["-m", *torchrun.split()] if ranks > 1 or name.startswith(PEER) else [])]
     command += [__file__, *sys.argv[1:], "--child", name, "--result", str(result)]
     return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": str(arguments.threads)})
 
@@ -154,9 +164,13 @@ def run_case(arguments: argparse.Namespace) -> None:
     from cptrain.distributed.settings import CommConfig
 
     torch.set_num_threads(arguments.threads)
-    with tempfile.TemporaryDirectory() as folder, process_group(CommConfig(), torch.device("cpu")):
-        timed = time_bare_loop if arguments.child == "bare" else time_trainer
-        seconds = timed(arguments, Path(folder))
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.child.startswith(PEER):
+            seconds = time_peer(arguments, Path(folder))
+        else:
+            with process_group(CommConfig(), torch.device("cpu")):
+                timed = time_bare_loop if arguments.child == "bare" else time_trainer
+                seconds = timed(arguments, Path(folder))
     if int(os.environ.get("RANK", 0)) == 0:
         Path(arguments.result).write_text(json.dumps(seconds))
 
@@ -229,8 +243,27 @@ def time_trainer(arguments: argparse.Namespace, folder: Path) -> tuple[float, fl
             dist.barrier()
             with clock.step():
                 trainer.train_step()
-        cpu_seconds = torch.tensor(clock.cpu_seconds)
-        dist.all_reduce(cpu_seconds)
+        return fastest(clock)
+
+
+def time_peer(arguments: argparse.Namespace, folder: Path) -> tuple[float, float]:
+    """The same of torchtitan's trainer."""
+    import torch.distributed as dist
+
+    clock = Clock(arguments.warmup)
+    time_torchtitan(arguments, folder, clock, CASES[arguments.child][1])
+    seconds = fastest(clock)
+    dist.destroy_process_group()
+    return seconds
+
+
+def fastest(clock: Clock) -> tuple[float, float]:
+    """Seconds of the fastest step of this rank, and the fewest CPU seconds that all ranks together took for one."""
+    import torch
+    import torch.distributed as dist
+
+    cpu_seconds = torch.tensor(clock.cpu_seconds)
+    dist.all_reduce(cpu_seconds)
     return min(clock.seconds), min(cpu_seconds.tolist())
 
 
