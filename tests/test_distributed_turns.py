@@ -17,7 +17,7 @@ from unittest import mock
 from cptrain.distributed.turns import take_turns
 
 os.sched_setscheduler(0, getattr(os, sys.argv[1]), os.sched_param(0))
-refused = mock.patch("os.sched_setscheduler", side_effect=PermissionError)
+refused = mock.patch("os.sched_setscheduler", side_effect=OSError(22, 'Invalid argument'))
 if sys.argv[2] == "refused":
     refused.start()
 take_turns()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.profiler import ProfilerActivity, profile
 
-from cptrain.distributed.process_group import process_group
+from cptrain.distributed.process_group import process_group, set_timeouts
 from cptrain.distributed.settings import CommConfig
 from cptrain.distributed.shared_gloo import NAME, shared_gloo
+from cptrain.distributed.transport import all_gather
 from cptrain.parallel.by_messages import AllGather, ReduceScatter
 
 WORLD = 3
@@ -118,3 +121,18 @@ def test_fsdp_gathers_and_reduces_by_messages_with_the_same_results(pool):
 def test_fsdp_gradients_are_never_averaged():
     with pytest.raises(NotImplementedError, match="summed here, not averaged"):
         ReduceScatter()(torch.empty(1), torch.empty(1), None, dist.ReduceOp.AVG)
+
+
+def gathered_late(rank: int, world: int) -> torch.Tensor:
+    group = dist.new_group(timeout=timedelta(seconds=1), backend=dist.get_backend())
+    set_timeouts(60)
+    if rank == 1:
+        time.sleep(3)
+    parts = torch.empty(world, 1)
+    all_gather(parts, torch.full((1,), float(rank)), group)
+    return parts.flatten()
+
+
+def test_messages_may_take_as_long_as_set_timeouts_says(pool):
+    for parts in pool.run(2, gathered_late):
+        assert parts.tolist() == [0, 1]

@@ -18,6 +18,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 from cptrain.config.launcher import announced_ranks
 from cptrain.distributed.settings import CommConfig
 from cptrain.distributed.shared_gloo import shared_gloo
+from cptrain.distributed.transport import be_patient
 
 Result = TypeVar("Result")
 
@@ -94,6 +95,7 @@ def set_timeouts(seconds: int) -> None:
     """From now on, a collective of any group of this process may take `seconds`."""
     for group in list(_world.pg_map):
         _set_pg_timeout(timedelta(seconds=seconds), group)
+    be_patient(timedelta(seconds=seconds))
 
 
 def first_rank_result(work: Callable[[], Result]) -> Result:

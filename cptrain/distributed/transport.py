@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from datetime import timedelta
 from itertools import zip_longest
 from typing import Any, Literal, NamedTuple
 
@@ -134,8 +135,29 @@ def end(works: Sequence[dist.Work]) -> None:
     """Wait for messages that were started. On CUDA the current stream does, not the host."""
     if works:
         with standing_still():
-            for work in works:
-                work.wait()
+            _wait(works)
+
+
+def be_patient(time: timedelta) -> None:
+    """Messages on CPU may from now on take so long, while the default group lasts.
+
+    torch's own way to set a group's timeout reaches gloo's collectives and not its messages. With NCCL it reaches both,
+    and a wait that is given a time would block the host.
+    """
+    global _patience
+    if "nccl" not in dist.get_backend():
+        _patience = (dist.group.WORLD, time)
+
+
+_patience: tuple[dist.ProcessGroup | None, timedelta] | None = None
+
+
+def _wait(works: Sequence[dist.Work]) -> None:
+    for work in works:
+        if _patience is not None and _patience[0] is dist.group.WORLD:
+            work.wait(_patience[1])
+        else:
+            work.wait()
 
 
 def _in_order(send: torch.Tensor) -> bool:
@@ -195,8 +217,7 @@ def reduce_scatter(own: torch.Tensor, parts: torch.Tensor, group: dist.ProcessGr
     received = parts.new_empty(size - 1, *own.shape)
     steps = [(step, (rank + step) % size, (rank - step) % size) for step in range(1, size)]
     works = _start(group, [Pair(to, (parts[to],), source, (received[step - 1],)) for step, to, source in steps])
-    for work in works:
-        work.wait()
+    _wait(works)
     torch.sum(received, 0, out=own)
     own += parts[rank]
 
@@ -210,8 +231,7 @@ def all_gather(parts: torch.Tensor, own: torch.Tensor, group: dist.ProcessGroup)
     steps = [((rank + step) % size, (rank - step) % size) for step in range(1, size)]
     works = _start(group, [Pair(to, (own,), source, (parts[source],)) for to, source in steps])
     parts[rank] = own
-    for work in works:
-        work.wait()
+    _wait(works)
 
 
 def gather(own: torch.Tensor) -> torch.Tensor:
