@@ -304,7 +304,7 @@ def test_bench_step_refuses_a_peer_that_is_not_installed(
 
 
 def ring_of_torch(rank: int, world: int) -> tuple[list[torch.Tensor], int]:
-    """Output and gradients of causal attention by torch's ring around the CPU's kernel, and how often that ran here."""
+    """Output and gradients of causal attention by torch's ring around the CPU's kernel, and its all-to-alls."""
     sys.path.insert(0, str(ROOT / "tools"))
     import torch.distributed.tensor.experimental._context_parallel._attention as ring
     from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -325,10 +325,8 @@ def ring_of_torch(rank: int, world: int) -> tuple[list[torch.Tensor], int]:
             out = torch.nn.functional.scaled_dot_product_attention(*leaves, is_causal=True)
             out.backward(grad)
         found = [x.full_tensor().chunk(2 * world, dim=2) for x in (out.detach(), *(leaf.grad for leaf in leaves))]
-        names = [e.name for e in profiled.events()]
-        return [torch.cat([x[order.index(chunk)] for chunk in range(2 * world)], 2) for x in found], names.count(
-            "c10d::alltoall_base_"
-        ) + names.count("_c10d_functional::all_to_all_single")
+        sent = sum(event.name == "_c10d_functional::all_to_all_single" for event in profiled.events())
+        return [torch.cat([x[order.index(chunk)] for chunk in range(2 * world)], 2) for x in found], sent
     finally:
         ring._disable_cp_dtensor_dispatcher()
         ring.custom_ops = stock

@@ -4,10 +4,10 @@
     python tools/bench_step.py --cases one,cp2,tp2,torchtitan_one,torchtitan_cp2,torchtitan_tp2
 
 As released it does not start without an accelerator, and torch's ring has no handler for the CPU's attention kernel.
-What is changed for that is in `on_cpu`, `cpu_kernel_in_torch_ring` and `force_sums`, and none of it is on the clock but
-the ring, which is torch's own template. Everything else is as it comes: its loop does not ask the allocator to keep
-freed memory, for example; with MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=2147483647 in the environment it
-would be on a par with ours there too.
+What is changed for that is in `on_cpu`, `cpu_kernel_in_torch_ring` and `force_sums`. On the clock of it are the ring,
+which is torch's own template, and the sums of gradients, which are FSDP2's without a factor of 1. Everything else is as
+it comes: its loop does not ask the allocator to keep freed memory, for example; with
+MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=2147483647 in the environment it is on a par with ours there too.
 """
 
 from __future__ import annotations
