@@ -10,6 +10,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
+from cptrain.distributed.process_group import set_timeouts
+
 
 def add_ranks(rank: int, world: int, offset: int) -> int:
     total = torch.tensor(rank + offset)
@@ -38,6 +40,7 @@ def redistribute(rank: int, world: int) -> None:
     mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("ring",))
     part = DTensor.from_local(torch.ones(2, 2), mesh, [Shard(0)])
     assert part.full_tensor().shape == (2 * world, 2)
+    set_timeouts(60)  # which must not hold on to the groups
 
 
 def threads(rank: int, world: int) -> int:

@@ -92,7 +92,7 @@ def _ranks_on_host() -> int:
 
 
 def set_timeouts(seconds: int) -> None:
-    """From now on, a collective of any group of this process may take `seconds`."""
+    """From now on, a collective or a message of any group of this process may take `seconds`."""
     for group in list(_world.pg_map):
         _set_pg_timeout(timedelta(seconds=seconds), group)
     be_patient(timedelta(seconds=seconds))

@@ -11,6 +11,7 @@ from contextvars import ContextVar
 from datetime import timedelta
 from itertools import zip_longest
 from typing import Any, Literal, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,8 @@ class Message(NamedTuple):
     kind: Kind
     num_bytes: int
 
+
+_patience: WeakKeyDictionary[dist.ProcessGroup, timedelta] = WeakKeyDictionary()  # must not outlive the group's threads
 
 _record: ContextVar[list[Message] | None] = ContextVar("cptrain_messages", default=None)
 
@@ -141,23 +144,22 @@ def end(works: Sequence[dist.Work]) -> None:
 def be_patient(time: timedelta) -> None:
     """Messages on CPU may from now on take so long, while the default group lasts.
 
-    torch's own way to set a group's timeout reaches gloo's collectives and not its messages. With NCCL it reaches both,
-    and a wait that is given a time would block the host.
+    torch's own way to set a group's timeout reaches gloo's collectives and not its messages. NCCL watches both, and a
+    wait that is given a time would block the host.
     """
-    global _patience
-    if "nccl" not in dist.get_backend():
-        _patience = (dist.group.WORLD, time)
-
-
-_patience: tuple[dist.ProcessGroup | None, timedelta] | None = None
+    world = dist.group.WORLD
+    if world is not None and "nccl" not in dist.get_backend():
+        _patience[world] = time
 
 
 def _wait(works: Sequence[dist.Work]) -> None:
+    world = dist.group.WORLD
+    time = _patience.get(world) if world is not None else None
     for work in works:
-        if _patience is not None and _patience[0] is dist.group.WORLD:
-            work.wait(_patience[1])
-        else:
+        if time is None:
             work.wait()
+        else:
+            work.wait(time)
 
 
 def _in_order(send: torch.Tensor) -> bool:
