@@ -9,7 +9,7 @@ Under tensor parallel each rank holds a slice of the vocabulary; two small reduc
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -38,21 +38,21 @@ def cross_entropy_sum(hidden: Tensor, output: nn.Linear, labels: Tensor) -> Tens
 
 def cross_entropy_each(hidden: Tensor, output: nn.Linear, labels: Tensor) -> Tensor:
     """The terms of `cross_entropy_sum` [B, T], 0 where the label is -100; without gradients."""
-    return torch.cat([chunk.losses for chunk in _chunks(hidden, output, labels)]).view(labels.shape)
+    return _each(hidden, output, labels, lambda chunk: chunk.losses)
 
 
 def correct_each(hidden: Tensor, output: nn.Linear, labels: Tensor) -> Tensor:
     """Whether the label is what greedy decoding takes, bool [B, T]: the first token of the largest logit."""
-    return torch.cat([chunk.likeliest() for chunk in _chunks(hidden, output, labels)]).view(labels.shape) == labels
+    return _each(hidden, output, labels, _Chunk.likeliest) == labels
 
 
 @torch.no_grad()
-def _chunks(hidden: Tensor, output: nn.Linear, labels: Tensor) -> Iterator[_Chunk]:
-    """All tokens, chunk by chunk."""
+def _each(hidden: Tensor, output: nn.Linear, labels: Tensor, of_chunk: Callable[[_Chunk], Tensor]) -> Tensor:
+    """What the function says of the tokens of a chunk [n], of all tokens [B, T]."""
     hidden, weight, first, group = _local(hidden, output)
     rows, targets = hidden.flatten(0, 1), labels.flatten()
-    for part in _parts(rows, weight):
-        yield _Chunk(rows[part], weight, targets[part], first, group)
+    found = [of_chunk(_Chunk(rows[part], weight, targets[part], first, group)) for part in _parts(rows, weight)]
+    return torch.cat(found).view(labels.shape)
 
 
 def _local(hidden: Tensor, output: nn.Linear) -> tuple[Tensor, Tensor, int, dist.ProcessGroup | None]:
@@ -148,6 +148,8 @@ class _CrossEntropySum(torch.autograd.Function):
                     dweight.addmm_(dlogits.mT, h)
                 else:
                     dweight += dlogits.mT @ h
+                del dlogits
+            del chunk  # before the next one's logits are made
         if needs_grad:
             ctx.save_for_backward(dhidden, dweight)
         ctx.dtype = weight.dtype

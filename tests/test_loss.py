@@ -10,6 +10,7 @@ from tolerance import assert_matches
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cptrain import loss
@@ -177,6 +178,34 @@ def test_loss_never_holds_more_logits_than_a_chunk(monkeypatch):
         actual(*problem())
     of_logits = {shape for shape in shapes.seen if len(shape) == 2 and shape[1] == VOCABULARY and shape[0] != DIM}
     assert of_logits == {(5, VOCABULARY), (BATCH * LENGTH % 5, VOCABULARY)}
+
+
+class Logits(TorchDispatchMode):
+    """The most tensors of a number of elements, of memory of their own, that were there when an operation returned."""
+
+    def __init__(self, numel: int) -> None:
+        super().__init__()
+        self._numel, self._made, self.most = numel, {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in torch.utils._pytree.tree_leaves(result):
+            if isinstance(x, torch.Tensor) and x.numel() == self._numel:
+                self._made[x.untyped_storage().data_ptr()] = StorageWeakRef(x.untyped_storage())
+        self.most = max(self.most, sum(not made.expired() for made in self._made.values()))
+        return result
+
+
+@pytest.mark.parametrize("of", [cross_entropy_sum, cross_entropy_each, correct_each], ids=lambda of: of.__name__)
+def test_loss_drops_the_logits_of_a_chunk_before_it_makes_the_next(monkeypatch, of):
+    most = []
+    for tokens in (BATCH * LENGTH, BATCH * LENGTH // 3):
+        monkeypatch.setattr(loss, "CHUNK_TOKENS", tokens)
+        monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 1)
+        with Logits(tokens * VOCABULARY) as logits:
+            of(*problem())
+        most.append(logits.most)
+    assert most[0] == most[1] > 0
 
 
 def test_loss_without_gradients_makes_no_buffers_for_them():
