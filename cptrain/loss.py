@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
+from cptrain.models.logits import tokens_at_a_time
+
 IGNORED = -100
-CHUNK_ELEMENTS = 2**22  # logits at a time: 16 MiB in fp32 stays in a CPU's cache
-CHUNK_TOKENS = 1024  # but no fewer tokens than keep a matrix product busy
 
 
 def cross_entropy_sum(hidden: Tensor, output: nn.Linear, labels: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ def _local(hidden: Tensor, output: nn.Linear) -> tuple[Tensor, Tensor, int, dist
 
 def _parts(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
     """The tokens [N, E] in chunks."""
-    step = max(CHUNK_TOKENS, CHUNK_ELEMENTS // weight.size(0))
+    step = tokens_at_a_time(weight.size(0))
     return (slice(start, start + step) for start in range(0, hidden.size(0), step))
 
 

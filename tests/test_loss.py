@@ -13,8 +13,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cptrain import loss
 from cptrain.loss import IGNORED, correct_each, cross_entropy_each, cross_entropy_sum
+from cptrain.models import logits as logits_chunks
 
 BATCH, LENGTH, DIM, VOCABULARY = 2, 12, 6, 20
 
@@ -67,8 +67,8 @@ def assert_each_matches(ours: torch.Tensor, hidden: torch.Tensor, output: nn.Lin
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_loss_of_each_token_equals_cross_entropy(monkeypatch, dtype):
-    monkeypatch.setattr(loss, "CHUNK_TOKENS", 5)
-    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(logits_chunks, "CHUNK_TOKENS", 5)
+    monkeypatch.setattr(logits_chunks, "CHUNK_ELEMENTS", 1)
     with Shapes() as shapes:
         ours = cross_entropy_each(*problem(dtype))
     assert_each_matches(ours, *problem(dtype))
@@ -86,8 +86,8 @@ def answers(hidden: torch.Tensor, output: nn.Linear) -> tuple[torch.Tensor, torc
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_loss_label_is_correct_where_no_other_token_is_likelier(monkeypatch, dtype):
-    monkeypatch.setattr(loss, "CHUNK_TOKENS", 5)
-    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(logits_chunks, "CHUNK_TOKENS", 5)
+    monkeypatch.setattr(logits_chunks, "CHUNK_ELEMENTS", 1)
     hidden, output, _ = problem(dtype)
     labels, expected = answers(hidden, output)
     found = correct_each(hidden, output, labels)
@@ -100,8 +100,8 @@ def test_loss_label_is_correct_where_no_other_token_is_likelier(monkeypatch, dty
 
 @pytest.mark.parametrize("tokens", [1, 5, 12, 23, 24, 25])
 def test_loss_is_the_same_for_any_size_of_chunk(monkeypatch, tokens):
-    monkeypatch.setattr(loss, "CHUNK_TOKENS", tokens)
-    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(logits_chunks, "CHUNK_TOKENS", tokens)
+    monkeypatch.setattr(logits_chunks, "CHUNK_ELEMENTS", 1)
     assert_all_match(actual(*problem()), expected(*problem()))
 
 
@@ -143,8 +143,8 @@ def test_loss_in_bf16_is_as_exact_as_its_inputs():
 
 def test_loss_sums_the_gradient_of_the_weight_over_chunks_in_fp32(monkeypatch):
     """In bf16 a sum of 512 equal terms would stop growing at 256 of them."""
-    monkeypatch.setattr(loss, "CHUNK_TOKENS", 1)
-    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(logits_chunks, "CHUNK_TOKENS", 1)
+    monkeypatch.setattr(logits_chunks, "CHUNK_ELEMENTS", 1)
     hidden = torch.ones(1, 512, 2, dtype=torch.bfloat16, requires_grad=True)
     output = nn.Linear(2, 2, bias=False, dtype=torch.bfloat16)
     nn.init.zeros_(output.weight)
@@ -172,8 +172,8 @@ class Shapes(TorchDispatchMode):
 
 
 def test_loss_never_holds_more_logits_than_a_chunk(monkeypatch):
-    monkeypatch.setattr(loss, "CHUNK_TOKENS", 5)
-    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(logits_chunks, "CHUNK_TOKENS", 5)
+    monkeypatch.setattr(logits_chunks, "CHUNK_ELEMENTS", 1)
     with Shapes() as shapes:
         actual(*problem())
     of_logits = {shape for shape in shapes.seen if len(shape) == 2 and shape[1] == VOCABULARY and shape[0] != DIM}
@@ -200,8 +200,8 @@ class Logits(TorchDispatchMode):
 def test_loss_drops_the_logits_of_a_chunk_before_it_makes_the_next(monkeypatch, of):
     most = []
     for tokens in (BATCH * LENGTH, BATCH * LENGTH // 3):
-        monkeypatch.setattr(loss, "CHUNK_TOKENS", tokens)
-        monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 1)
+        monkeypatch.setattr(logits_chunks, "CHUNK_TOKENS", tokens)
+        monkeypatch.setattr(logits_chunks, "CHUNK_ELEMENTS", 1)
         with Logits(tokens * VOCABULARY) as logits:
             of(*problem())
         most.append(logits.most)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from packaging.requirements import Requirement
 
 from cptrain.config.command import parse_command_line
 from cptrain.config.preset import find, listing, preset_names, presets_folder
+from cptrain.metrics import human
+from cptrain.train.memory import needed
 from cptrain.train.report import describe
 from cptrain.train.settings import BYTE_VOCABULARY, TrainSettings
 
@@ -91,6 +94,31 @@ def test_packaging_preset_runs_on_the_ranks_it_names(preset: str) -> None:
     settings = settings_of(preset, world_size=ranks)
     shape = settings.shape(BYTE_VOCABULARY)
     assert f"= {ranks} ranks" in describe(settings, settings.degrees(ranks, shape), shape)
+
+
+@pytest.mark.parametrize(
+    ("preset", "world_size", "sections"),
+    [
+        ("llama_128k", 8, {}),
+        ("llama_128k", 8, {"activation_checkpoint": {"mode": "full"}}),
+        ("llama_128k", 8, {"activation_checkpoint": {"mode": "none"}}),
+        ("llama_128k", 8, {"training": {"global_batch_size": 4}}),
+        ("llama_1m", 32, {}),
+        ("llama_1m", 32, {"activation_checkpoint": {"mode": "full"}}),
+        ("llama_1m", 32, {"activation_checkpoint": {"mode": "full"}, "training": {"seq_len": 2 * 1_048_576}}),
+        ("llama_1m", 32, {"training": {"global_batch_size": 4}}),
+        ("llama_70b_128k", 64, {}),
+        ("llama_70b_128k", 32, {}),
+        ("llama_70b_128k", 64, {"training": {"global_batch_size": 4}}),
+    ],
+)
+def test_packaging_preset_says_how_much_memory_it_needs(preset: str, world_size: int, sections: dict) -> None:
+    settings = settings_of(preset, world_size=world_size)
+    for name, keys in sections.items():
+        settings = replace(settings, **{name: replace(getattr(settings, name), **keys)})
+    shape = settings.shape(settings.known_vocabulary)
+    need = needed(settings, settings.degrees(world_size, shape), shape, "cuda")
+    assert human.size(need.total) in (presets_folder() / f"{preset}.toml").read_text()
 
 
 @pytest.mark.parametrize("preset", PRESETS)

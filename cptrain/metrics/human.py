@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-GIB = 1 << 30
+MIB, GIB = 1 << 20, 1 << 30
 
 
 def count(number: int) -> str:
@@ -17,6 +17,11 @@ def count(number: int) -> str:
             break
     digits = 2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0
     return f"{value:.{digits}f}{unit}"
+
+
+def size(num_bytes: int) -> str:
+    """Bytes in GiB, below one in MiB: 37.4 GiB, 812 MiB."""
+    return f"{num_bytes / GIB:,.1f} GiB" if num_bytes >= GIB else f"{num_bytes / MIB:,.0f} MiB"
 
 
 def duration(seconds: float) -> str:

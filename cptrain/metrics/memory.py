@@ -41,7 +41,7 @@ def read_memory(device: torch.device) -> Memory:
         memory = Memory(
             active_bytes=stats.get("active_bytes.all.peak", 0),
             reserved_bytes=stats.get("reserved_bytes.all.peak", 0),
-            capacity_bytes=torch.cuda.get_device_properties(device).total_memory,
+            capacity_bytes=capacity_bytes(device),
             alloc_retries=stats.get("num_alloc_retries", 0),
             ooms=stats.get("num_ooms", 0),
         )
@@ -51,8 +51,15 @@ def read_memory(device: torch.device) -> Memory:
     return Memory(
         active_bytes=peak,
         reserved_bytes=peak,
-        capacity_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        capacity_bytes=capacity_bytes(device),
     )
+
+
+def capacity_bytes(device: torch.device) -> int:
+    """All that the device, or this machine, has."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _peak_resident_bytes() -> int:

@@ -12,11 +12,9 @@ def resolve_precision(training: TrainingConfig, device: torch.device) -> Precisi
     """The dtypes that "auto" stands for on this device."""
     dtype = getattr(torch, training.dtype)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    param = training.mixed_precision_param
     reduce = training.mixed_precision_reduce
-    default_param = torch.bfloat16 if device.type == "cuda" and dtype == torch.float32 else dtype
     return Precision(
         dtype=dtype,
-        param=default_param if param == "auto" else getattr(torch, param),
+        param=getattr(torch, training.compute_dtype(device.type)),
         reduce=wide if reduce == "auto" else getattr(torch, reduce),
     )

@@ -6,13 +6,22 @@ from collections.abc import Sequence
 
 from cptrain.distributed.settings import Degrees, choose_degrees
 from cptrain.models.shape import ModelShape, num_parameters
+from cptrain.train.memory import listed, needed
 from cptrain.train.settings import TrainSettings
 
 
 def describe(
-    settings: TrainSettings, degrees: Degrees, shape: ModelShape, *, context_modules: Sequence[str] | None = None
+    settings: TrainSettings,
+    degrees: Degrees,
+    shape: ModelShape,
+    *,
+    device_type: str = "",
+    context_modules: Sequence[str] | None = None,
 ) -> str:
-    """Mesh, sequence, batch, model and one rank's share; with `context_modules`, which layers run context parallel."""
+    """Mesh, sequence, batch, model and one rank's share; with `context_modules`, which layers run context parallel.
+
+    device_type: "cuda" or "cpu", "" where it is not known: memory is then that on a GPU.
+    """
     training, length = settings.training, settings.training.seq_len
     global_batch = settings.global_batch_size(degrees)
     accumulation = global_batch // (training.local_batch_size * degrees.data)
@@ -39,6 +48,8 @@ def describe(
         f"ffn {shape.ffn_dim}, vocabulary {vocabulary}, {_mask(settings, shape)}",
         "per rank": f"about {parameters // (degrees.fsdp * degrees.tp):,} parameters{embedded}; tokens "
         f"[{training.local_batch_size}, {local}], attention sees q {q}, k and v {kv} at a time",
+        "memory": f"about {listed(needed(settings, degrees, shape, device_type or 'cuda'))}"
+        f"{'' if device_type else ' (on a GPU)'}{embedded}",
         "recompute": f"activation checkpointing {settings.activation_checkpoint.mode}, compile "
         f"{settings.compile.backend if settings.compile.enable else 'off'}",
     }

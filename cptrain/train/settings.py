@@ -95,6 +95,12 @@ class TrainingConfig:
     stages: tuple[TrainingStage, ...] = setting((), "[[training.stages]]: parts of the run, one after the other")
     gc_freq: int = setting(50, "steps between two collections of Python's garbage, at the same step on all ranks")
 
+    def compute_dtype(self, device_type: str) -> str:
+        """What blocks compute in, with "auto" resolved for "cuda" or "cpu"."""
+        if self.mixed_precision_param != "auto":
+            return self.mixed_precision_param
+        return "bfloat16" if device_type == "cuda" and self.dtype == "float32" else self.dtype
+
     def problems(self) -> Iterator[Problem]:
         for key in ("seq_len", "steps", "local_batch_size", "gc_freq"):
             if getattr(self, key) < 1:

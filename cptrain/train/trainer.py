@@ -32,6 +32,7 @@ from cptrain.distributed.transport import gather
 from cptrain.loss import IGNORED, cross_entropy_sum
 from cptrain.metrics.flops import training_flops
 from cptrain.metrics.logger import Metrics
+from cptrain.metrics.memory import capacity_bytes
 from cptrain.metrics.profiler import profiling
 from cptrain.metrics.record import StepRecord
 from cptrain.optim.adamw import build_optimizer, set_learning_rate
@@ -43,6 +44,7 @@ from cptrain.train.environment import write_environment
 from cptrain.train.evaluation import Evaluation, StoppedError, check_needles_fit
 from cptrain.train.folder import Folders
 from cptrain.train.interruption import Interruption
+from cptrain.train.memory import shortage
 from cptrain.train.precision import resolve_precision
 from cptrain.train.report import describe, hyper_parameters
 from cptrain.train.resume import (
@@ -296,7 +298,11 @@ class Trainer:
             self._warn()
 
     def _warn(self) -> None:
-        if warning := self.stage.warning():
+        stage, warnings = self.stage, [self.stage.warning()]
+        if self.device.type == "cuda":
+            capacity = capacity_bytes(self.device)
+            warnings.append(shortage(stage.settings, stage.meshes.degrees, self.shape, capacity=capacity))
+        for warning in filter(None, warnings):
             logger.warning(warning)
 
     def _make_stage(self) -> Stage:
@@ -366,7 +372,11 @@ class Trainer:
         (folder / "config.toml").write_text(self.toml, encoding="utf-8")
         write_environment(folder / "environment.json", self.world_size)
         for line in describe(
-            self.stage.settings, self.stage.meshes.degrees, self.shape, context_modules=self.parallel.context_modules
+            self.stage.settings,
+            self.stage.meshes.degrees,
+            self.shape,
+            device_type=self.device.type,
+            context_modules=self.parallel.context_modules,
         ).splitlines():
             logger.info(line)
         self._warn()
