@@ -18,6 +18,7 @@ import torch
 
 from cptrain.checkpoint.settings import CheckpointConfig
 from cptrain.config import preset_names, presets_folder
+from cptrain.context_parallel.merging import merge_in_torch
 from cptrain.train import run as run_module
 from cptrain.train.__main__ import main
 from cptrain.train.settings import TrainSettings
@@ -124,6 +125,7 @@ def test_train_cli_dry_run_says_what_each_rank_holds(tmp_path: Path) -> None:
     assert said["per rank"].endswith(
         "47,184 parameters; tokens [1, 256], attention sees q [1, 2, 512, 16], k and v [1, 1, 512, 16] at a time"
     )
+    assert re.fullmatch(r"about \d+ MiB of tensors as backward \w+: .* \d+ MiB \(on a GPU\)", said["memory"])
     assert ended.cpu_s < 1.5
     assert list(tmp_path.iterdir()) == []
 
@@ -238,6 +240,43 @@ def test_train_cli_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyP
 
     with pytest.raises(KeyError):
         run_with(monkeypatch, fail)
+
+
+def test_train_cli_an_error_of_compiled_code_below_ours_keeps_its_traceback() -> None:
+    with pytest.raises(RuntimeError, match="size of tensor"), run_module.worded():
+        merge_in_torch(*(torch.zeros(1, 1, *size) for size in ((2, 4), (2,), (3, 4), (3,))))
+
+
+class Failing(FakeTrainer):
+    """Ends with the error that the class is given."""
+
+    error: Exception = Exception()
+
+    def train(self) -> str:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+            'less memory is needed with activation_checkpoint.mode = "full", or a larger parallelism.context_parallel_',
+        ),
+        (RuntimeError("Timed out waiting 100000ms for recv operation"), "comm.train_timeout_seconds = "),
+        (RuntimeError("Connection closed by peer [127.0.0.1]:1234"), "another rank has ended: "),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ""),
+    ],
+)
+def test_train_cli_says_what_to_do_about_errors_of_others(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, told: str
+) -> None:
+    monkeypatch.setattr(Failing, "error", error)
+    with pytest.raises(type(error)) as caught:
+        run_with(monkeypatch, lambda *_: Failing())
+    notes = getattr(caught.value, "__notes__", [])
+    assert len(notes) == bool(told)
+    assert told in "".join(notes)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from cptrain.config.error import fail
 from cptrain.distributed.host_memory import keep_freed_memory
 from cptrain.distributed.process_group import local_device, process_group
 from cptrain.distributed.turns import take_turns
+from cptrain.train.advice import advised
 from cptrain.train.settings import TrainSettings
 from cptrain.train.trainer import Trainer
 
@@ -34,9 +35,9 @@ def run(settings: TrainSettings) -> None:
                 take_turns()
             ends.enter_context(process_group(settings.comm, device))
         _start_logging(dist.get_rank())
-        with worded(ValueError, NotImplementedError):
+        with worded(ValueError, NotImplementedError), advised(settings):
             trainer = Trainer(settings, device)
-        with trainer, worded():
+        with trainer, worded(), advised(settings):
             stopped_by = trainer.train()
         if stopped_by and settings.checkpoint.enable:
             where = ", on every node and with its --rdzv options," if _num_nodes() > 1 else ""
@@ -59,10 +60,16 @@ def worded(*kinds: type[Exception]) -> Iterator[None]:
     try:
         yield
     except (ValueError, NotImplementedError, RuntimeError) as error:
-        raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-        if not isinstance(error, kinds) and not Path(raised_in).is_relative_to(Path(cptrain.__file__).parent):
+        if not isinstance(error, kinds) and not _raised_here(error):
             raise
         fail(error)
+
+
+def _raised_here(error: Exception) -> bool:
+    """Whether a `raise` of this package is where the error began, and no call from there into compiled code."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    ours = Path(place.filename).is_relative_to(Path(cptrain.__file__).parent)
+    return ours and (place.line or "").startswith("raise ")
 
 
 def resume_command() -> str:
