@@ -72,7 +72,9 @@ def local_device() -> torch.device:
         return torch.device("cpu")
     local_rank = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
     ranks, gpus = max(local_rank + 1, _ranks_on_host()), torch.cuda.device_count()
-    if ranks > gpus:
+    if ranks > gpus and os.environ.get("SLURM_GPUS_PER_TASK") and "LOCAL_RANK" not in os.environ:
+        local_rank = 0  # srun shows each rank its own GPU alone
+    elif ranks > gpus:
         raise RuntimeError(
             f"{ranks} ranks on this host, but {gpus} GPU{'' if gpus == 1 else 's'} found: each rank needs one; start "
             f"{gpus} here, or all on CPU with CUDA_VISIBLE_DEVICES="
