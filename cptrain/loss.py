@@ -158,4 +158,6 @@ class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         dhidden, dweight = ctx.saved_tensors
-        return dhidden * dtotal.to(dhidden.dtype), (dweight * dtotal).to(ctx.dtype), None, None, None, None
+        # Rounded as it is written: the product in fp32 would be another whole gradient.
+        rounded = torch.mul(dweight, dtotal, out=torch.empty_like(dweight, dtype=ctx.dtype))
+        return dhidden * dtotal.to(dhidden.dtype), rounded, None, None, None, None

@@ -291,3 +291,20 @@ def test_distributed_host_with_more_ranks_than_gpus_is_refused_on_all_of_them(mo
     else:
         with pytest.raises(RuntimeError, match=f"^{ranks} ranks on this host, but {gpus} GPU.*CUDA_VISIBLE_DEVICES="):
             local_device()
+
+
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        ({**TORCHRUN, "RANK": "abc"}, "RANK = abc: must be a whole number"),
+        ({**TORCHRUN, "WORLD_SIZE": "2x"}, "WORLD_SIZE = 2x: must be"),
+        ({**TORCHRUN, "LOCAL_RANK": "one"}, "LOCAL_RANK = one: must be"),
+        ({**TORCHRUN, "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "?"}, r"LOCAL_WORLD_SIZE = \?: must be"),
+    ],
+)
+def test_distributed_ranks_that_are_no_numbers_are_refused_by_name(monkeypatch, variables, told):
+    set_launcher(monkeypatch, variables)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    ask = local_device if "LOCAL_RANK" in variables else rank_from_environment
+    with pytest.raises(RuntimeError, match=f"^{told}"):
+        ask()

@@ -19,6 +19,7 @@ from cptrain.train.report import describe
 from cptrain.train.settings import BYTE_VOCABULARY, TrainSettings
 
 ROOT = Path(__file__).resolve().parent.parent
+CUT_EACH = {"fsdp_reduce_each_microbatch": True}
 PRESETS = ("debug", "debug_4d", "llama_128k", "llama_1m", "llama_70b_128k")
 
 
@@ -103,13 +104,16 @@ def test_packaging_preset_runs_on_the_ranks_it_names(preset: str) -> None:
         ("llama_128k", 8, {"activation_checkpoint": {"mode": "full"}}),
         ("llama_128k", 8, {"activation_checkpoint": {"mode": "none"}}),
         ("llama_128k", 8, {"training": {"global_batch_size": 4}}),
+        ("llama_128k", 8, {"training": {"global_batch_size": 4}, "parallelism": CUT_EACH}),
         ("llama_1m", 32, {}),
         ("llama_1m", 32, {"activation_checkpoint": {"mode": "full"}}),
         ("llama_1m", 32, {"activation_checkpoint": {"mode": "full"}, "training": {"seq_len": 2 * 1_048_576}}),
         ("llama_1m", 32, {"training": {"global_batch_size": 4}}),
+        ("llama_1m", 32, {"training": {"global_batch_size": 4}, "parallelism": CUT_EACH}),
         ("llama_70b_128k", 64, {}),
         ("llama_70b_128k", 32, {}),
         ("llama_70b_128k", 64, {"training": {"global_batch_size": 4}}),
+        ("llama_70b_128k", 64, {"training": {"global_batch_size": 4}, "parallelism": CUT_EACH}),
     ],
 )
 def test_packaging_preset_says_how_much_memory_it_needs(preset: str, world_size: int, sections: dict) -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,8 @@ import torch
 from cptrain.checkpoint.settings import CheckpointConfig
 from cptrain.config import preset_names, presets_folder
 from cptrain.context_parallel.merging import merge_in_torch
+from cptrain.distributed.settings import CommConfig
+from cptrain.models.settings import ModelConfig
 from cptrain.train import run as run_module
 from cptrain.train.__main__ import main
 from cptrain.train.settings import TrainSettings
@@ -125,7 +128,9 @@ def test_train_cli_dry_run_says_what_each_rank_holds(tmp_path: Path) -> None:
     assert said["per rank"].endswith(
         "47,184 parameters; tokens [1, 256], attention sees q [1, 2, 512, 16], k and v [1, 1, 512, 16] at a time"
     )
-    assert re.fullmatch(r"about \d+ MiB of tensors as backward \w+: .* \d+ MiB \(on a GPU\)", said["memory"])
+    assert re.fullmatch(
+        r"about [\d.]+ MiB of tensors as backward begins: (\w[\w ]+ [\d.]+ [MK]iB(, )?)+ \(on a GPU\)", said["memory"]
+    )
     assert ended.cpu_s < 1.5
     assert list(tmp_path.iterdir()) == []
 
@@ -209,6 +214,7 @@ def run_with(
     """`run` without a process group, and with `trainer` in place of the class."""
     monkeypatch.setattr(run_module, "process_group", lambda *_: contextlib.nullcontext())
     monkeypatch.setattr(run_module.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(run_module.dist, "get_world_size", lambda: 1)
     monkeypatch.setattr(run_module, "Trainer", trainer)
     monkeypatch.setattr(run_module.logger, "handlers", [])
     monkeypatch.setattr(run_module.logger, "propagate", True)
@@ -218,7 +224,9 @@ def run_with(
         monkeypatch.delenv(name, raising=False)
     for name, value in (launcher or {}).items():
         monkeypatch.setenv(name, value)
-    run_module.run(TrainSettings(checkpoint=CheckpointConfig(**checkpoint)))
+    comm = CommConfig(train_timeout_seconds=71, init_timeout_seconds=72)
+    model = ModelConfig(flavor="debug")
+    run_module.run(TrainSettings(model=model, checkpoint=CheckpointConfig(**checkpoint), comm=comm))
 
 
 @pytest.mark.parametrize("kind", [ValueError, NotImplementedError])
@@ -251,6 +259,7 @@ class Failing(FakeTrainer):
     """Ends with the error that the class is given."""
 
     error: Exception = Exception()
+    stage = SimpleNamespace(settings=TrainSettings(model=ModelConfig(flavor="debug")))
 
     def train(self) -> str:
         raise self.error
@@ -263,8 +272,16 @@ class Failing(FakeTrainer):
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
             'less memory is needed with activation_checkpoint.mode = "full", or a larger parallelism.context_parallel_',
         ),
-        (RuntimeError("Timed out waiting 100000ms for recv operation"), "comm.train_timeout_seconds = "),
+        (torch.OutOfMemoryError("CUDA out of memory."), "PYTORCH_ALLOC_CONF=expandable_segments:True"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+            "less memory is needed with activation_",
+        ),
+        (RuntimeError("Timed out waiting 100000ms for recv operation"), "comm.train_timeout_seconds = 71: raise"),
+        (RuntimeError("The client socket has timed out after 3000ms"), "comm.init_timeout_seconds = 72 says"),
+        (RuntimeError("Watchdog caught collective operation timeout"), "comm.train_timeout_seconds = 71"),
         (RuntimeError("Connection closed by peer [127.0.0.1]:1234"), "another rank has ended: "),
+        (RuntimeError("read: Connection reset by peer"), "another rank has ended: "),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ""),
     ],
 )
@@ -272,11 +289,17 @@ def test_train_cli_says_what_to_do_about_errors_of_others(
     monkeypatch: pytest.MonkeyPatch, error: Exception, told: str
 ) -> None:
     monkeypatch.setattr(Failing, "error", error)
-    with pytest.raises(type(error)) as caught:
-        run_with(monkeypatch, lambda *_: Failing())
-    notes = getattr(caught.value, "__notes__", [])
-    assert len(notes) == bool(told)
-    assert told in "".join(notes)
+
+    def fail(*_: object) -> None:
+        raise error
+
+    for trainer in (lambda *_: Failing(), fail):
+        error.__notes__ = []
+        with pytest.raises(type(error)) as caught:
+            run_with(monkeypatch, trainer)
+        notes = caught.value.__notes__
+        assert len(notes) == bool(told)
+        assert told in "".join(notes)
 
 
 @pytest.mark.parametrize(

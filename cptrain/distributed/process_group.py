@@ -29,7 +29,7 @@ def rank_from_environment() -> tuple[int, int]:
     RuntimeError where a launcher leaves out what ranks find each other by.
     """
     name, text = announced_ranks()
-    world_size = int(text or 1)
+    world_size = _number(name, text or "1")
     if world_size == 1:
         return 0, 1
     rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID")
@@ -39,7 +39,7 @@ def rank_from_environment() -> tuple[int, int]:
             f"{name} = {world_size}, but {', '.join(missing)} not set: ranks do not find each other; start them with "
             f"torchrun, as launch/slurm.sbatch does, or unset {name} for one rank"
         )
-    return int(rank or 0), world_size
+    return _number("RANK", rank or "0"), world_size
 
 
 @contextmanager
@@ -70,7 +70,7 @@ def local_device() -> torch.device:
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    local_rank = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
+    local_rank = _number("LOCAL_RANK", os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0")
     ranks, gpus = max(local_rank + 1, _ranks_on_host()), torch.cuda.device_count()
     if ranks > gpus and os.environ.get("SLURM_GPUS_PER_TASK") and "LOCAL_RANK" not in os.environ:
         local_rank = 0  # srun shows each rank its own GPU alone
@@ -83,10 +83,17 @@ def local_device() -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def _number(name: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise RuntimeError(f"{name} = {text}: must be a whole number, as launchers set it") from None
+
+
 def _ranks_on_host() -> int:
     """Ranks that the launcher started here, 1 where it does not say it."""
     if ranks := os.environ.get("LOCAL_WORLD_SIZE"):
-        return int(ranks)
+        return _number("LOCAL_WORLD_SIZE", ranks)
     # Slurm counts by node, as in "8(x3),4"
     counted = re.findall(r"(\d+)(?:\(x(\d+)\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
     by_node = [int(ranks) for ranks, nodes in counted for _ in range(int(nodes or 1))] or [1]

@@ -20,8 +20,11 @@ def count(number: int) -> str:
 
 
 def size(num_bytes: int) -> str:
-    """Bytes in GiB, below one in MiB: 37.4 GiB, 812 MiB."""
-    return f"{num_bytes / GIB:,.1f} GiB" if num_bytes >= GIB else f"{num_bytes / MIB:,.0f} MiB"
+    """Bytes in GiB, MiB or KiB: 37.4 GiB, 812 MiB, 7.5 MiB."""
+    for unit, name in ((GIB, "GiB"), (MIB, "MiB")):
+        if num_bytes >= unit:
+            return f"{num_bytes / unit:,.{int(unit == GIB or num_bytes < 10 * unit)}f} {name}"
+    return f"{num_bytes / 1024:,.0f} KiB"
 
 
 def duration(seconds: float) -> str:

@@ -3,39 +3,43 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 
-from cptrain.train.memory import ways_out
-from cptrain.train.settings import TrainSettings
+from cptrain.distributed.settings import CommConfig
 
 
 @contextmanager
-def advised(settings: TrainSettings) -> Iterator[None]:
-    """Errors that pass through are given a note, which Python prints below their traceback."""
+def advised(comm: CommConfig, less_memory: Callable[[], str]) -> Iterator[None]:
+    """Errors that pass through are given a note, which Python prints below their traceback.
+
+    less_memory: what makes a run need less memory, asked when it ran out.
+    """
     try:
         yield
     except RuntimeError as error:
-        if note := _advice(error, settings):
+        if note := _advice(error, comm, less_memory):
             error.add_note(note)
         raise
 
 
-def _advice(error: RuntimeError, settings: TrainSettings) -> str:
-    comm = settings.comm
+def _advice(error: RuntimeError, comm: CommConfig, less_memory: Callable[[], str]) -> str:
     if isinstance(error, torch.OutOfMemoryError):
         return (
-            f"less memory is needed with {ways_out(settings)}; the line `memory` at the start says what for. "
-            "Where much is reserved and not allocated: PYTORCH_ALLOC_CONF=expandable_segments:True"
+            f"less memory is needed with {less_memory()}; the line `memory` at the start says what for. Where much is "
+            "reserved and not allocated: PYTORCH_ALLOC_CONF=expandable_segments:True"
         )
-    if re.search("timed? ?out", str(error), re.IGNORECASE):
+    text = str(error).lower()
+    if re.search("can't allocate memory|not enough memory", text):
+        return f"less memory is needed with {less_memory()}; the line `memory` of --dry-run says what for"
+    if re.search("timed? ?out", text):
         return (
-            f"ranks wait for each other as long as comm.train_timeout_seconds = {comm.train_timeout_seconds} says, "
-            f"until the first step is done comm.init_timeout_seconds = {comm.init_timeout_seconds}: raise it if all of "
-            "them are well, only late"
+            f"ranks wait for each other until the first step is done as long as comm.init_timeout_seconds = "
+            f"{comm.init_timeout_seconds} says, then comm.train_timeout_seconds = {comm.train_timeout_seconds}: raise "
+            "these if all ranks are well, only late"
         )
-    if re.search("connection (was )?(closed|reset|refused)", str(error), re.IGNORECASE):
+    if re.search("connection (was )?(closed|reset|refused)", text):
         return "another rank has ended: the first error in the output of all ranks says why"
     return ""

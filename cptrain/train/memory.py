@@ -9,25 +9,32 @@ from cptrain.parallel.footprint import Footprint, Load, footprint
 from cptrain.train.settings import TrainSettings
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
+ROOM = 0.8  # of a GPU for tensors: the rest is CUDA's, NCCL's, and what the allocator cannot use
 
 
-def needed(settings: TrainSettings, degrees: Degrees, shape: ModelShape, device_type: str) -> Footprint:
-    """The tensors of a training step on one rank."""
+def load_of(settings: TrainSettings, degrees: Degrees, device_type: str) -> Load:
+    """What the settings, of one stage, put on a rank."""
     training, parallelism = settings.training, settings.parallelism
     weight, param = training.dtype, training.compute_dtype(device_type)
+    wrapped = degrees.world > 1 or param != weight
     accumulates = settings.global_batch_size(degrees) > training.local_batch_size * degrees.data
-    load = Load(
+    return Load(
         tokens=training.local_batch_size * training.seq_len // degrees.context,
         checkpointing=settings.activation_checkpoint.mode,
         weight_bytes=BYTES[weight],
         param_bytes=BYTES[param],
         all_gather=parallelism.context_parallel_method == "all_gather",
         fused_norms=device_type == "cuda",
-        wrapped=degrees.world > 1 or param != weight,
-        keeps_gathered=not parallelism.fsdp_reshard_after_forward,
-        whole_gradients=accumulates and not parallelism.fsdp_reduce_each_microbatch,
+        wrapped=wrapped,
+        keeps_gathered=wrapped and not parallelism.fsdp_reshard_after_forward,
+        accumulates=accumulates,
+        whole_gradients=wrapped and accumulates and not parallelism.fsdp_reduce_each_microbatch,
     )
-    return footprint(shape, degrees, load)
+
+
+def needed(settings: TrainSettings, degrees: Degrees, shape: ModelShape, device_type: str) -> Footprint:
+    """The tensors of a training step on one rank of "cuda" or "cpu"."""
+    return footprint(shape, degrees, load_of(settings, degrees, device_type))
 
 
 def listed(need: Footprint) -> str:
@@ -37,27 +44,26 @@ def listed(need: Footprint) -> str:
     return f"{human.size(need.total)} of tensors {need.moment}: {', '.join(named)}"
 
 
-def ways_out(settings: TrainSettings) -> str:
+def ways_out(settings: TrainSettings, degrees: Degrees, device_type: str) -> str:
     """What makes a run need less, the cheapest first."""
-    training, parallelism, mode = settings.training, settings.parallelism, settings.activation_checkpoint.mode
-    accumulates = training.global_batch_size != "auto"
+    load, batch = load_of(settings, degrees, device_type), settings.training.local_batch_size
     ways = {
-        "parallelism.fsdp_reshard_after_forward = true": not parallelism.fsdp_reshard_after_forward,
-        "parallelism.fsdp_reduce_each_microbatch = true": accumulates and not parallelism.fsdp_reduce_each_microbatch,
-        f"training.local_batch_size below {training.local_batch_size}": training.local_batch_size > 1,
-        'activation_checkpoint.mode = "selective"': mode == "none",
-        'activation_checkpoint.mode = "full"': mode == "selective",
+        "parallelism.fsdp_reshard_after_forward = true": load.keeps_gathered,
+        "parallelism.fsdp_reduce_each_microbatch = true": load.whole_gradients,
+        f"training.local_batch_size below {batch}": batch > 1,
+        'activation_checkpoint.mode = "selective"': load.checkpointing == "none",
+        'activation_checkpoint.mode = "full"': load.checkpointing == "selective",
         "a larger parallelism.context_parallel_degree on as many more ranks": True,
     }
     return ", or ".join(way for way, helps in ways.items() if helps)
 
 
 def shortage(settings: TrainSettings, degrees: Degrees, shape: ModelShape, *, capacity: int) -> str:
-    """A warning where a GPU of so many bytes has no room for the tensors of a step, else ""."""
+    """A warning where a GPU of so many bytes has little room, or none, beside the tensors of a step, else ""."""
     need = needed(settings, degrees, shape, "cuda")
-    if need.total <= capacity:
+    if need.total <= ROOM * capacity:
         return ""
     return (
-        f"the GPU has {human.size(capacity)}, and a step needs about {listed(need)}; "
-        f"less is needed with {ways_out(settings)}"
+        f"the GPU has {human.size(capacity)} for all that is reserved, and a step needs about {listed(need)}; "
+        f"less is needed with {ways_out(settings, degrees, 'cuda')}"
     )

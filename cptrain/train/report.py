@@ -49,7 +49,7 @@ def describe(
         "per rank": f"about {parameters // (degrees.fsdp * degrees.tp):,} parameters{embedded}; tokens "
         f"[{training.local_batch_size}, {local}], attention sees q {q}, k and v {kv} at a time",
         "memory": f"about {listed(needed(settings, degrees, shape, device_type or 'cuda'))}"
-        f"{'' if device_type else ' (on a GPU)'}{embedded}",
+        f"{'' if device_type else ' (on a GPU)'}{embedded and f'{embedded} and logits'}",
         "recompute": f"activation checkpointing {settings.activation_checkpoint.mode}, compile "
         f"{settings.compile.backend if settings.compile.enable else 'off'}",
     }

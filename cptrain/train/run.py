@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dis
 import logging
 import os
 import shlex
 import sys
-import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 import cptrain
@@ -19,6 +20,7 @@ from cptrain.distributed.host_memory import keep_freed_memory
 from cptrain.distributed.process_group import local_device, process_group
 from cptrain.distributed.turns import take_turns
 from cptrain.train.advice import advised
+from cptrain.train.memory import ways_out
 from cptrain.train.settings import TrainSettings
 from cptrain.train.trainer import Trainer
 
@@ -28,16 +30,16 @@ logger = logging.getLogger("cptrain")
 def run(settings: TrainSettings) -> None:
     """Train as the settings say. What cptrain itself refuses ends the process with 2, without a traceback."""
     with ExitStack() as ends:
-        with worded():
+        with worded(), advised(settings.comm, lambda: ""):
             device = local_device()
             if device.type == "cpu":
                 keep_freed_memory()
                 take_turns()
             ends.enter_context(process_group(settings.comm, device))
         _start_logging(dist.get_rank())
-        with worded(ValueError, NotImplementedError), advised(settings):
+        with worded(ValueError, NotImplementedError), advised(settings.comm, lambda: _less_memory(settings, device)):
             trainer = Trainer(settings, device)
-        with trainer, worded(), advised(settings):
+        with trainer, worded(), advised(settings.comm, lambda: _less_memory(trainer.stage.settings, device)):
             stopped_by = trainer.train()
         if stopped_by and settings.checkpoint.enable:
             where = ", on every node and with its --rdzv options," if _num_nodes() > 1 else ""
@@ -67,9 +69,19 @@ def worded(*kinds: type[Exception]) -> Iterator[None]:
 
 def _raised_here(error: Exception) -> bool:
     """Whether a `raise` of this package is where the error began, and no call from there into compiled code."""
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    ours = Path(place.filename).is_relative_to(Path(cptrain.__file__).parent)
-    return ours and (place.line or "").startswith("raise ")
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    if place is None:
+        return False
+    code = place.tb_frame.f_code
+    ours = Path(code.co_filename).is_relative_to(Path(cptrain.__file__).parent)
+    return ours and dis.opname[code.co_code[place.tb_lasti]] == "RAISE_VARARGS"
+
+
+def _less_memory(settings: TrainSettings, device: torch.device) -> str:
+    shape = settings.shape(settings.known_vocabulary)
+    return ways_out(settings, settings.degrees(dist.get_world_size(), shape), device.type)
 
 
 def resume_command() -> str:
