@@ -35,7 +35,7 @@ CASES: dict[int, list[dict[str, dict[str, Any]]]] = {
         {"model": MANY_WORDS, "training": {"seq_len": 64, "mixed_precision_param": "bfloat16"}},
     ],
     2: [
-        {"parallelism": {"ring_degree": 2}, "training": {"mixed_precision_param": "bfloat16"}},
+        {"parallelism": {"ring_degree": 2}, "model": NARROW, "training": {"mixed_precision_param": "bfloat16"}},
         {"parallelism": {"ulysses_degree": 2}, "activation_checkpoint": {"mode": "none"}},
         {"parallelism": {"tensor_parallel_degree": 2}},
         {"parallelism": {"tensor_parallel_degree": 2}, "activation_checkpoint": {"mode": "none"}},
@@ -60,7 +60,10 @@ CASES: dict[int, list[dict[str, dict[str, Any]]]] = {
         {"parallelism": {"ring_degree": 4, "ring_inner_degree": 2}, "model": NARROW},
         {"parallelism": {"ring_degree": 4}, "model": NARROW},
         {"parallelism": {"ring_degree": 4}, "model": NARROW, "training": {"mixed_precision_param": "bfloat16"}},
-        {"parallelism": {"ring_degree": 4, "context_parallel_method": "all_gather"}, "model": NARROW},
+        {
+            "parallelism": {"ring_degree": 4, "context_parallel_method": "all_gather"},
+            "model": {"num_kv_heads": 1, "ffn_dim": 128},
+        },
         {"parallelism": {"ring_degree": 2, "ulysses_degree": 2}, "activation_checkpoint": {"mode": "full"}},
         {"parallelism": {"ulysses_degree": 4}, "model": {"num_kv_heads": 2}, "activation_checkpoint": {"mode": "none"}},
     ],
@@ -145,6 +148,21 @@ def test_footprint_counts_key_heads_that_are_repeated():
 
     assert kept(8, 8) - kept(8, 4) == 0
     assert kept(2, 8) == kept(8, 8) and kept(2, 4) < kept(8, 4)
+
+
+def test_footprint_of_an_all_gather_grows_with_the_ranks():
+    def block(degree: int) -> int:
+        settings, _, shape = on_8_gpus(
+            parallelism={"ulysses_degree": 1, "ring_degree": 8, "context_parallel_method": "all_gather"},
+            training={"seq_len": degree * 16_384},
+        )
+        degrees = Degrees(dp_replicate=1, dp_shard=1, ring=degree, ulysses=1, tp=1)
+        return needed(settings, degrees, replace(shape, num_kv_heads=1, ffn_dim=128, vocab_size=64), "cuda").parts[
+            "one block"
+        ]
+
+    # Keys and values of a head of each rank: two in bf16, as gathered, and their gradients, and two in fp32.
+    assert block(16) - block(8) == 8 * 2 * 16_384 * 128 * 2 * (2 + 4)
 
 
 @pytest.mark.parametrize("tied", [False, True])

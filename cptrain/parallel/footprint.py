@@ -70,7 +70,7 @@ def footprint(shape: ModelShape, degrees: Degrees, load: Load) -> Footprint:
     shard = parameters * load.weight_bytes // (degrees.fsdp * tp)
     # FSDP2 holds a block whole and the next on its way, and its gradients whole and on their way.
     block, output, leaving = (load.wrapped * x for x in (each * width, embedding * width, each * (width + wide)))
-    all_weights = load.wrapped * load.keeps_gathered * parameters * width // tp
+    all_weights = load.keeps_gathered * parameters * width // tp
     earlier = 0  # gradients of the micro-batches before this one
     if load.accumulates:
         earlier = parameters * wide // tp if load.whole_gradients else shard
@@ -164,8 +164,7 @@ def _attention_backward(query: int, key: int, key_heads: int, degrees: Degrees, 
     if load.all_gather:
         of_a_head = 2 * key // key_heads * degrees.ring
         return query * (2 * width + load.wide) + (key + of_a_head) * 2 * (width + load.wide)
-    hops = 4 if degrees.ring == 2 else 8
-    return query * (3 * width + 2 * load.wide) + key * (hops * width + 4 * load.wide)
+    return query * (3 * width + 2 * load.wide) + key * (8 * width + 4 * load.wide)
 
 
 def _logits(shape: ModelShape, load: Load, tp: int) -> int:
