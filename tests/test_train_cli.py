@@ -302,6 +302,16 @@ def test_train_cli_says_what_to_do_about_errors_of_others(
         assert told in "".join(notes)
 
 
+def test_train_cli_a_device_without_memory_at_the_start_is_somebody_elses(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(run_module, "local_device", fail)
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        run_with(monkeypatch, FakeTrainer)
+    assert caught.value.__notes__[0].startswith("less memory is needed with nothing else on the device; ")
+
+
 @pytest.mark.parametrize(
     ("variables", "told"),
     [

@@ -30,7 +30,7 @@ logger = logging.getLogger("cptrain")
 def run(settings: TrainSettings) -> None:
     """Train as the settings say. What cptrain itself refuses ends the process with 2, without a traceback."""
     with ExitStack() as ends:
-        with worded(), advised(settings.comm, lambda: ""):
+        with worded(), advised(settings.comm, lambda: "nothing else on the device"):
             device = local_device()
             if device.type == "cpu":
                 keep_freed_memory()
