@@ -66,12 +66,23 @@ def test_data_tokenizer_plugin_is_built_from_its_import_path(plugin: str) -> Non
         ({"eos": "10"}, "Words", "eos_id = 10 must be an id below vocab_size = 10"),
         ({"eos": "None"}, "Words", "eos_id = None must be"),
         ({"bos": "8", "encode": "[8, 1]"}, "Words", "encode must not add bos_id itself"),
+        ({"encode": "text.encode('ascii')"}, "Words", "encode raised UnicodeEncodeError: .*any text"),
+        ({"encode": "['x']"}, "Words", r"encode must give whole numbers .* it gave \['x'\]"),
+        ({"encode": "[0.5]"}, "Words", r"it gave \[0.5\]"),
+        ({"encode": "[[1, 2]]"}, "Words", r"it gave \[\[1, 2\]\]"),
+        ({"encode": "[1, 10]"}, "Words", r"from 0 to vocab_size - 1 = 9, .* it gave \[1, 10\]"),
+        ({"encode": "[-1]"}, "Words", r"it gave \[-1\]"),
     ],
     indirect=["plugin"],
 )
 def test_data_tokenizer_bad_plugin_is_refused_by_name(plugin: str, factory: str, message: str) -> None:
     with pytest.raises(ValueError, match=f"tokenizer.name = '{plugin}:{factory}'.*{message}"):
         build_tokenizer(TokenizerConfig(name=f"{plugin}:{factory}"))
+
+
+@pytest.mark.parametrize("plugin", [{"encode": "[]"}, {"encode": "(1, 2)"}], indirect=True)
+def test_data_tokenizer_may_give_a_tuple_or_nothing(plugin: str) -> None:
+    assert build_tokenizer(TokenizerConfig(name=f"{plugin}:Words")).vocab_size == 10
 
 
 def test_data_tokenizer_missing_package_is_refused_by_name() -> None:

@@ -16,7 +16,8 @@ import torch
 from runs import GLOBAL_BATCH, small_settings, write_text
 from test_data_corpus import BOS, EOS, corpus_of
 
-from cptrain.data.needles import AFTER, BEFORE, LEAST_TEXT, QUESTION, Needles
+from cptrain.data.needles import Needles
+from cptrain.data.pass_key import AFTER, BEFORE, LEAST_TEXT, QUESTION
 from cptrain.data.split import split_documents
 from cptrain.data.tokenizer import ByteTokenizer
 from cptrain.data.windows import IGNORE, Windows

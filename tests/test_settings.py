@@ -314,6 +314,17 @@ def test_settings_of_needles_that_mean_nothing_are_refused(flags: list[str], rul
     assert not problems_of(1, "--validation.needles=2", "--validation.no-enable")
 
 
+def test_settings_refuse_windows_too_short_for_a_needle_stage_by_stage() -> None:
+    stages = "--training.stages=[{steps=10, seq_len=64}, {steps=10}, {steps=10, seq_len=2048}]"
+    needle = "--validation.needles=2"
+    (problem,) = problems_of(1, needle, "--training.seq_len=64")
+    assert re.fullmatch(r"training.seq_len = 64 .* needs 120 tokens; .*validation.needles to 0", problem)
+    assert problems_of(1, needle, "--training.seq_len=64", stages)[0].startswith("training.stages[0].seq_len")
+    assert not problems_of(1, needle, "--training.seq_len=120")
+    # How many ids another tokenizer makes of the sentences is known when it is built.
+    assert not problems_of(1, needle, "--training.seq_len=64", "--tokenizer.name=some.package:make")
+
+
 @pytest.mark.parametrize(
     ("flags", "key"),
     [

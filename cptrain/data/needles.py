@@ -10,18 +10,12 @@ Source: passkey retrieval, arXiv:2305.16300 section 4.2.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import numpy as np
 import torch
 
+from cptrain.data.pass_key import AFTER, BEFORE, DIGITS, QUESTION, key_text, same_digits, tokens_needed
 from cptrain.data.tokenizer import Tokenizer
 from cptrain.data.windows import IGNORE, Windows
-
-BEFORE, AFTER = "\nThe pass key is", ". Remember it: it will be asked for.\n"
-QUESTION = "\nWhat is the pass key? The pass key is"
-DIGITS = 5
-LEAST_TEXT = 16  # tokens around a needle
 
 
 class Needles:
@@ -57,7 +51,7 @@ class Needles:
     def _parts(self, number: int, straw: np.ndarray) -> tuple[np.ndarray, int]:
         """The window with this text in it, and how many of its last tokens are the digits asked for."""
         digits = np.random.default_rng([self._seed, number]).integers(10, size=DIGITS)
-        key = self._encode(_key(digits))
+        key = self._encode(key_text(digits))
         begin = [] if self._tokenizer.bos_id is None else [self._tokenizer.bos_id]
         place = int((number + 0.5) / self._count * len(straw))
         needle = (self._before, key, self._after)
@@ -84,20 +78,15 @@ class Needles:
 
 def check_needles(tokenizer: Tokenizer, *, count: int, length: int, key: str = "training.seq_len") -> None:
     """ValueError unless so many needles can be hidden in windows of this length, which the setting `key` gives."""
-    keys = {tuple(_ids(tokenizer, _key([digit] * DIGITS))) for digit in range(10)}
+    keys = {tuple(_ids(tokenizer, key)) for key in same_digits()}
     if len(keys) < 10 or () in keys:
         raise ValueError(f"validation.needles = {count}: the tokenizer does not tell digits apart; set it to 0")
-    needed = 1 + LEAST_TEXT + 2 * max(map(len, keys))
-    needed += sum(len(_ids(tokenizer, part)) for part in (BEFORE, AFTER, QUESTION))
+    needed = tokens_needed(lambda text: len(_ids(tokenizer, text)))
     if length < needed:
         raise ValueError(
             f"{key} = {length}: a window with a needle needs {needed} tokens; set {key} to that or more, or "
             "validation.needles to 0"
         )
-
-
-def _key(digits: Iterable[int]) -> str:
-    return " " + "".join(map(str, digits))
 
 
 def _ids(tokenizer: Tokenizer, text: str) -> np.ndarray:

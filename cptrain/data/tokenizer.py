@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -89,14 +90,31 @@ def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
             isinstance(value, int) and 0 <= value < tokenizer.vocab_size
         ):
             raise ValueError(f"{where}: {key} = {value} must be an id below vocab_size = {tokenizer.vocab_size}")
-    added = {"bos_id", "eos_id"} & {
-        key for key, value in specials.items() if value in np.asarray(tokenizer.encode(_PROBE))
-    }
+    ids = _probe_ids(tokenizer, where)
+    added = {"bos_id", "eos_id"} & {key for key, value in specials.items() if value in ids}
     if added:
         raise ValueError(
             f"{where}: encode must not add {' and '.join(sorted(added))} itself; switch that off in the factory"
         )
     return tokenizer
+
+
+def _probe_ids(tokenizer: Tokenizer, where: str) -> list[int]:
+    """What `encode` makes of the probe. ValueError if it fails, or gives no ids of the vocabulary."""
+    try:
+        ids = np.asarray(tokenizer.encode(_PROBE))
+    except Exception as error:  # as above
+        raise ValueError(
+            f"{where}: encode raised {type(error).__name__}: {error}; it has to take any text, this one for a start: "
+            f"{_PROBE!r}"
+        ) from error
+    whole = ids.ndim == 1 and (ids.dtype.kind in "iu" or not ids.size)
+    if not whole or any(not 0 <= number < tokenizer.vocab_size for number in ids.tolist()):
+        raise ValueError(
+            f"{where}: encode must give whole numbers from 0 to vocab_size - 1 = {tokenizer.vocab_size - 1}, a list or "
+            f"an array of one axis; it gave {reprlib.repr(ids.tolist())}"
+        )
+    return ids.tolist()
 
 
 def tokenizer_identity(config: TokenizerConfig, tokenizer: Tokenizer) -> str:

@@ -12,6 +12,7 @@ from typing import Literal
 
 from cptrain.checkpoint.settings import CheckpointConfig
 from cptrain.config import Problem, setting
+from cptrain.data.pass_key import tokens_needed
 from cptrain.data.settings import DataConfig, TokenizerConfig
 from cptrain.distributed.divide import MOST_CHUNKS, divisors
 from cptrain.distributed.settings import (
@@ -206,6 +207,7 @@ class TrainSettings:
                 windowed=sizes["window_size"] > 0 and sizes["full_attention_every"] != 1,
             )
             found = [replace(problem, key=f"parallelism.{problem.key}") for problem in found]
+            found += stage._problems_of_needles()
             if degrees is not None:
                 lengths = stage._problems_of_lengths(degrees)
                 ring_known = heads_known or not heads_decide(stage.parallelism)
@@ -314,6 +316,18 @@ class TrainSettings:
                     "chunks at most",
                     fix=f"set it to {nearest}, or leave it out",
                 )
+
+    def _problems_of_needles(self) -> Iterator[Problem]:
+        """Windows too short for a needle, as far as the tokenizer is known."""
+        if not (self.validation.enable and self.validation.needles > 0 and self.known_vocabulary):
+            return
+        needed = tokens_needed(len)  # the sentences are ASCII, of which the byte tokenizer makes a token each
+        if 0 < self.training.seq_len < needed:
+            yield Problem(
+                key="training.seq_len",
+                rule=f"a window with a needle needs {needed} tokens",
+                fix="set it to that or more, or validation.needles to 0",
+            )
 
     def _problems_of_batches(self, degrees: Degrees) -> Iterator[Problem]:
         at_a_time, global_batch = self.training.local_batch_size * degrees.data, self.training.global_batch_size
