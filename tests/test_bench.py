@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import subprocess
 import sys
 import time
 from argparse import Namespace
@@ -279,6 +280,16 @@ def test_bench_step_runs_two_processes_in_step(
     assert min(first_s, first_cpu_s, second_s, second_cpu_s) > 0
     assert rows["in_step"][1] == f"{(first_s + second_s) / 2:.3f}", "the mean of both"
     assert rows["in_step"][5] == f"{first_cpu_s + second_cpu_s:.3f}", "of both"
+
+
+def test_bench_step_leaves_no_run_waiting_for_one_that_failed(tools: ModuleType) -> None:
+    import bench_step
+
+    codes = ("import time; time.sleep(60)", "raise SystemExit(3)")
+    start = time.monotonic()
+    assert not bench_step.all_succeed([subprocess.Popen([sys.executable, "-c", code]) for code in codes])
+    assert time.monotonic() - start < 30
+    assert bench_step.all_succeed([subprocess.Popen([sys.executable, "-c", "pass"]) for _ in codes])
 
 
 def test_bench_step_refuses_unknown_cases_by_name(

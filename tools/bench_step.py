@@ -141,11 +141,20 @@ def measure(arguments: argparse.Namespace, name: str) -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as folder:
         results = [Path(folder) / str(number) for number in range(2 if name in TWICE else 1)]
         running = [launch(arguments, name, result) for result in results]
-        failed = [process for process in running if process.wait()]
-        if failed:
+        if not all_succeed(running):
             raise SystemExit(f"{name} failed; see above")
         seconds, cpu_seconds = zip(*(json.loads(result.read_text()) for result in results), strict=True)
         return statistics.mean(seconds), sum(cpu_seconds)
+
+
+def all_succeed(running: list[subprocess.Popen]) -> bool:
+    """Wait for the processes, of which none is left waiting for one that failed."""
+    while any(process.poll() is None for process in running):
+        if any(process.poll() for process in running):
+            for process in running:
+                process.terminate()
+        time.sleep(0.1)
+    return not any(process.returncode for process in running)
 
 
 def launch(arguments: argparse.Namespace, name: str, result: Path) -> subprocess.Popen:
