@@ -137,7 +137,7 @@ def test_host_does_not_wait_in_a_step_over_packed_documents(monkeypatch, ranks, 
     inputs = problem(8, 4, length=length, batch=1)
     with simulated_ranks(ranks // 2, ranks, torch.device("cpu")):
         plan = make_plan(kernel="reference", **options)
-        plan._entered.num_compared = COMPARED  # which wait, for the first batches of a plan
+        plan._entered.num_compared = [COMPARED] * 2  # which wait, for the first batches of a plan
         for name in ("a", "off chunk edges", "long and short"):
             with as_on_a_device() as device, device:
                 device.take(*inputs)

@@ -220,7 +220,9 @@ class Slurm:
             f'*) echo "$* $(cd "{folder}"; ls saved)" >> "{folder}/scontrol" ;; esac',
         )
         write_command(commands / "python", f'echo "$@" >> "{folder}/python"; [[ "$*" != *wrong* ]]')
-        write_command(commands / "srun", 'while [[ $1 == -* ]]; do shift; done; exec "$@"')
+        write_command(
+            commands / "srun", f'echo "$@" > "{folder}/srun"; while [[ $1 == -* ]]; do shift; done; exec "$@"'
+        )
         # As torchrun does: passes the signal on, waits for its ranks, fails.
         write_command(
             commands / "torchrun",
@@ -259,6 +261,13 @@ def test_launch_slurm_starts_a_rank_per_gpu_of_every_node(slurm: Slurm) -> None:
     call = slurm.calls("torchrun")
     assert "--nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint node1:20042" in call
     assert call.endswith("-m cptrain.train --config llama_1m --job.name x\n")
+
+
+def test_launch_slurm_hands_the_cpus_of_the_job_to_its_step(slurm: Slurm, monkeypatch: pytest.MonkeyPatch) -> None:
+    for cpus, options in (("64", "--wait=600 --cpus-per-task=64"), ("", "--wait=600")):
+        monkeypatch.setenv("SLURM_CPUS_PER_TASK", cpus)
+        assert finish(slurm.start("--config", "llama_1m"))[0] == 0
+        assert slurm.calls("srun").startswith(f"{options} torchrun ")
 
 
 def test_launch_slurm_checks_the_settings_first(slurm: Slurm) -> None:

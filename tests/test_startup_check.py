@@ -201,6 +201,24 @@ def test_startup_check_leaves_no_tensors_or_groups_and_draws_no_random_numbers(p
         assert all(before == after for before, after in rank.values()), rank
 
 
+def different_documents(rank: int, world: int, shape: ModelShape) -> None:
+    plan, length = make_plan("balanced", ring=2), 128
+    StartupCheck(shape, tp=1, dtype=torch.float32, enabled=True)(plan, 4096)
+    ids = torch.zeros(1, length, dtype=torch.int64)
+    with torch.no_grad():
+        for _ in range(4):  # as many as a validation may have
+            with plan.pack(ids):
+                pass
+    ids[0, length - 1 - rank :] = 1
+    with pytest.raises(RuntimeError, match="have packed different documents"):
+        plan.pack(ids).__enter__()
+
+
+def test_startup_check_leaves_the_comparison_of_documents_to_the_training(pool, tmp_path, text):
+    shape = two_steps(tmp_path, text, model={"window_size": 64, "full_attention_every": 2}).shape(64)
+    pool.run(2, different_documents, shape)
+
+
 def line_in_bf16(rank: int, world: int, shape: ModelShape) -> list[str]:
     """As on a device whose kernel has no fp64."""
     with mock.patch.object(startup, "exact_dtype", lambda device, dtype, kernel: dtype), Lines() as heard:

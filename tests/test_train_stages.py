@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
+import torch
 from runs import GLOBAL_BATCH, Outcome, assert_same_training, small_settings, train, write_text
+from torch.distributed.distributed_c10d import _world, get_backend
 
 from cptrain.train.settings import TrainingConfig, TrainingStage, TrainSettings
 from cptrain.train.stage import Stage
+from cptrain.train.trainer import Trainer
+
+CPU = torch.device("cpu")
 
 # every way to divide four ranks between data, ring and ulysses, and what only methods tell apart
 FACTORISATIONS = [
@@ -54,6 +60,34 @@ def test_stages_that_change_the_plan_at_every_step_change_nothing(pool, text, tm
         activation_checkpoint={"mode": mode},
     )
     assert_same_training(pool.run(4, train_all, [changing])[0][0], expected)
+
+
+def timeouts(rank: int, world: int, settings: TrainSettings) -> list[tuple[set[timedelta], int]]:
+    """What any group waits, and how many groups there are: before the first step, and behind the last."""
+
+    def now() -> tuple[set[timedelta], int]:
+        groups = [group for group in _world.pg_map if get_backend(group) != "fake"]
+        return {group._get_backend(CPU).options._timeout for group in groups}, len(groups)
+
+    with Trainer(settings, CPU) as trainer:
+        found = [now()]
+        trainer.train()
+        return [*found, now()]
+
+
+def test_stages_wait_as_long_as_the_settings_say_in_every_group(pool, text, tmp_path):
+    each = stages([{"ring_degree": 2}, {"ring_degree": 2}, {"ulysses_degree": 2}], steps=1)
+    settings = small_settings(
+        tmp_path,
+        text,
+        training={"stages": each, "steps": 3},
+        comm={"init_timeout_seconds": 71, "train_timeout_seconds": 83},
+        validation={"enable": False},
+    )
+    for (before, num_before), (after, num_after) in pool.run(4, timeouts, settings):
+        assert before == {timedelta(seconds=71)}
+        assert after == {timedelta(seconds=83)}
+        assert num_after > num_before, "the third stage made groups of its own"
 
 
 def test_stages_change_the_length_and_go_on_in_the_text(pool, text, tmp_path):

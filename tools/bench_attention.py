@@ -37,8 +37,7 @@ from attention_clock import Row, measure
 from attention_report import HEADER, Result, combine, size, write_chart, write_csv
 from simulated_group import simulated_ranks
 
-from cptrain.distributed.host_memory import keep_freed_memory
-from cptrain.distributed.turns import take_turns
+from cptrain.distributed.host import prepare_host
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -184,9 +183,8 @@ Jobs = list[tuple[Problem, list[Variant]]]
 def simulated_rows(arguments: argparse.Namespace, jobs: Jobs) -> Iterator[list[Row]]:
     """What the asked for ranks measure of every job, one rank after another in this process."""
     torch.set_num_threads(arguments.threads)
-    keep_freed_memory()  # as cptrain.train does
-    take_turns()
     device, size = device_of(arguments, 0), arguments.simulate_ranks
+    prepare_host(device)  # as cptrain.train does
     for problem, methods in jobs:
         rows = []
         slowest = {v: v.slowest_rank(problem, device.type, arguments.kernel) for v in methods}
@@ -270,9 +268,8 @@ def run_rank(
     """The process of one rank: sends its rows of every job, or the traceback of what went wrong."""
     try:
         torch.set_num_threads(arguments.threads)
-        keep_freed_memory()
-        take_turns()
         device = device_of(arguments, rank)
+        prepare_host(device)
         if device.type == "cuda":
             torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

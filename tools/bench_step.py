@@ -236,14 +236,13 @@ def time_trainer(arguments: argparse.Namespace, folder: Path) -> tuple[float, fl
     import torch
     import torch.distributed as dist
 
-    from cptrain.distributed.host_memory import keep_freed_memory
-    from cptrain.distributed.turns import take_turns
+    from cptrain.distributed.host import prepare_host
     from cptrain.train.trainer import Trainer
 
-    keep_freed_memory()  # as cptrain.train does
-    take_turns()
+    device = torch.device("cpu")
+    prepare_host(device)  # as cptrain.train does
     clock = Clock(arguments.warmup)
-    with Trainer(settings_of(arguments, folder), torch.device("cpu")) as trainer:
+    with Trainer(settings_of(arguments, folder), device) as trainer:
         if arguments.child == "torch_ring":
             use_torch_ring(trainer.model, trainer.stage.context)
         elif arguments.child == "in_step":

@@ -11,7 +11,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -30,9 +30,8 @@ from cptrain.context_parallel.launches import Launch
 from cptrain.context_parallel.mask import CAUSAL
 from cptrain.context_parallel.packed_batch import PackedBatch
 from cptrain.context_parallel.schedule import Block, Shape
-from cptrain.distributed.host_memory import keep_freed_memory
+from cptrain.distributed.host import prepare_host
 from cptrain.distributed.transport import recorded_messages
-from cptrain.distributed.turns import take_turns
 
 CAUSAL_RING = "causal ring"  # zigzag that ignores documents
 SINGLE = "single"
@@ -152,8 +151,7 @@ def run_rank(
     """The process of one rank: sends what it measured of every case, or the traceback of what went wrong."""
     try:
         torch.set_num_threads(cases[0].threads)
-        keep_freed_memory()  # as cptrain.train does
-        take_turns()
+        prepare_host(torch.device(cases[0].device))  # as cptrain.train does
         dist.init_process_group("gloo", store=dist.FileStore(store, ranks), rank=rank, world_size=ranks)
         for case in cases:
             pipe.send(measure(case, rank))
@@ -168,8 +166,7 @@ def run_simulated(
     """The process that runs every workers-th rank, one after another: sends what `run_rank` sends."""
     try:
         torch.set_num_threads(cases[0].threads)
-        keep_freed_memory()  # as cptrain.train does
-        take_turns()
+        prepare_host(torch.device(cases[0].device))  # as cptrain.train does
         for case in cases:
             pipe.send(measure_simulated(case, range(worker, case.ranks, workers)))
     except Exception:
@@ -303,5 +300,8 @@ def layout_run(case: Case, layout: str, rank: int) -> tuple[Times, Run]:
 
 
 def batch_of(plan: ContextParallel, layout: LayoutName, lengths: Sequence[int]) -> PackedBatch:
-    """A pack in any layout under a plan for packed documents: attention reads the chunks, never the name."""
-    return plan.packed(make_cut(layout, lengths, plan.ring_degree).packing().encode())
+    """A pack in any layout under a plan for packed documents: attention reads the chunks, never the name.
+
+    One as they are after the first of a plan, which its ranks compare.
+    """
+    return replace(plan.packed(make_cut(layout, lengths, plan.ring_degree).packing().encode()), compares=False)

@@ -30,7 +30,8 @@ class Entered:
     the widest (0: without one) last; in half precision, and in full. shape: rows, tokens of a row. These are fields of
     their own because compiled code reads them: asked of the batch, it would be compiled anew for each.
     recomputed: the packing of the batch inside of which a backward pass has computed attention again.
-    num_compared: how many batches the ranks have compared so far.
+    num_compared: how many batches the ranks have compared so far, without gradients (validation, of data of its own)
+    and with them.
     """
 
     def __init__(self) -> None:
@@ -39,7 +40,7 @@ class Entered:
         self.routes: tuple[tuple[int, str, str], ...] = ()
         self.shape = (0, 0)
         self.recomputed: torch.Tensor | None = None
-        self.num_compared = 0
+        self.num_compared = [0, 0]
 
     def enter(self, batch: PackedBatch) -> None:
         self.batch, self.packing, self.routes = batch, batch.encoded, batch._routes()
@@ -96,11 +97,13 @@ class PackedBatch:
     While it is entered, attention of its plan is causal inside of each document. Backward passes belong inside, too:
     activation checkpointing computes attention again there, and where that is inside of another batch it is refused.
     Made by `ContextParallel.pack`.
+    compares: the first batches of a plan are compared between its ranks.
     """
 
     plan: ContextParallel
     packing: Packing
     encoded: torch.Tensor
+    compares: bool = True
 
     def shard(self, *tensors: torch.Tensor, dim: int = 1, as_dtensor: bool = False) -> Any:
         """This rank's part of each tensor [B, ..., S, ...], as `ContextParallel.shard`; each row is cut in its way."""
@@ -123,9 +126,11 @@ class PackedBatch:
         plan = self.plan
         if plan._entered.packing is not None:
             raise RuntimeError("another batch is entered: leave it (after its backward pass) before entering this one")
-        if plan._entered.num_compared < COMPARED and plan.degree > 1:
-            plan._entered.num_compared += 1
-            self._compare()
+        if self.compares and plan.degree > 1:
+            counts, which = plan._entered.num_compared, int(torch.is_grad_enabled())
+            counts[which] += 1
+            if counts[which] <= COMPARED:
+                self._compare()
         plan._entered.enter(self)
         return self
 

@@ -347,7 +347,8 @@ def _packed(plan: ContextParallel, mask: Mask, length: int, carried: Carried) ->
         # What the choice is made by: as if nothing had to travel, or more than a ring would send.
         moved = 0 if carried == "exchange" else plan.ring_degree * packing.layout.length
         packing = replace(packing, moved=(Moved(mask.window, moved, moved),))
-    return plan.packed(packing.encode())
+    # Made of nothing that ranks could read differently; the comparisons of a plan are for those.
+    return replace(plan.packed(packing.encode()), compares=False)
 
 
 def _strength(x: torch.Tensor) -> torch.Tensor:

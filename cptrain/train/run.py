@@ -16,9 +16,8 @@ import torch.distributed as dist
 
 import cptrain
 from cptrain.config.error import fail
-from cptrain.distributed.host_memory import keep_freed_memory
+from cptrain.distributed.host import prepare_host
 from cptrain.distributed.process_group import local_device, process_group
-from cptrain.distributed.turns import take_turns
 from cptrain.train.advice import advised
 from cptrain.train.memory import ways_out
 from cptrain.train.settings import TrainSettings
@@ -32,9 +31,7 @@ def run(settings: TrainSettings) -> None:
     with ExitStack() as ends:
         with worded(), advised(settings.comm, lambda: "nothing else on the device"):
             device = local_device()
-            if device.type == "cpu":
-                keep_freed_memory()
-                take_turns()
+            prepare_host(device)
             ends.enter_context(process_group(settings.comm, device))
         _start_logging(dist.get_rank())
         with worded(ValueError, NotImplementedError), advised(settings.comm, lambda: _less_memory(settings, device)):

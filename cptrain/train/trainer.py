@@ -109,6 +109,7 @@ class Trainer:
             self.step = 0
             self.tokens_seen = 0
             gloo = dist.new_group(backend=shared_gloo()) if self.world_size > 1 else None
+            self._wait_for(settings.comm.init_timeout_seconds)
             self.checkpointer = Checkpointer(settings.checkpoint, settings.job.folder, gloo, mesh=asdict(degrees))
             self.toml = dump(settings)
             data_of_checkpoint = self._resume()
@@ -165,7 +166,7 @@ class Trainer:
                 if self.step % settings.training.gc_freq == 0:
                     gc.collect()
                 if self.step == first_step:
-                    set_timeouts(settings.comm.train_timeout_seconds)
+                    self._wait_for(settings.comm.train_timeout_seconds)
         return stopped_by
 
     def train_step(self) -> None:
@@ -311,6 +312,7 @@ class Trainer:
         self.plan = before.changed(settings, self.shape)
         if self.plan.context is not before.context:
             apply_context_parallel(self.model, self.plan.context)
+            self._wait_for(self._timeout_s)
         stage = Stage(
             settings,
             self.plan,
@@ -322,6 +324,11 @@ class Trainer:
         )
         self.startup_check(stage.context, stage.settings.training.seq_len)
         return stage
+
+    def _wait_for(self, seconds: int) -> None:
+        """Ranks wait so long for each other, in groups that are there: new ones have a timeout of torch's choice."""
+        self._timeout_s = seconds
+        set_timeouts(seconds)
 
     def _resume(self) -> dict[str, Any]:
         """Take the state of the newest checkpoint, if there is one; returns what its data were, else nothing."""
