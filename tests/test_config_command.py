@@ -316,6 +316,21 @@ def test_config_command_speaks_from_one_rank_per_host(environ: dict[str, str], s
     assert stdout.getvalue() == ("text\n" if speaks else "")
 
 
+@pytest.mark.parametrize(
+    ("environ", "prefix"),
+    [
+        ({"RANK": "8", "LOCAL_RANK": "0"}, ""),
+        ({"RANK": "9", "LOCAL_RANK": "1"}, "[rank 9] "),
+        ({"SLURM_PROCID": "5", "SLURM_LOCALID": "1"}, "[rank 5] "),
+    ],
+)
+def test_config_command_tells_an_error_of_one_rank_from_it(environ: dict[str, str], prefix: str) -> None:
+    stderr = io.StringIO()
+    with pytest.raises(SystemExit) as ended:
+        fail(RuntimeError("step 3: a"), on_all=False, stream=stderr, environ=environ, head_start_s=0)
+    assert (ended.value.code, stderr.getvalue()) == (2, f"{prefix}step 3: a\n")
+
+
 def test_config_command_ranks_that_are_silent_let_the_speaking_one_end_first(monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
     monkeypatch.setattr(time, "sleep", slept.append)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 from datetime import timedelta
 
 import pytest
@@ -200,6 +203,47 @@ def timeouts(rank: int, world: int) -> list[timedelta]:
 
 def test_distributed_timeouts_are_set_for_every_group(pool):
     assert pool.run(2, timeouts) == [[timedelta(seconds=41)] * 2] * 2
+
+
+# A rank of two on GPUs whose process group cannot be torn down, as NCCL's cannot while peers wait for this one.
+STUCK = """
+import atexit, sys, time
+import torch
+from cptrain.distributed import process_group
+from cptrain.distributed.settings import CommConfig
+process_group.dist.init_process_group = lambda *_, **options: None
+process_group.dist.destroy_process_group = lambda: {at_end}
+atexit.register(lambda: {at_end})
+with process_group.process_group(CommConfig(), torch.device("cuda")):
+    print("works")
+    {ends}
+print("went on")
+"""
+
+
+@pytest.mark.parametrize(
+    ("ends", "code", "told"),
+    [
+        ("e = RuntimeError('no room'); e.add_note('take less'); raise e", 1, "RuntimeError: no room\ntake less\n"),
+        ("raise KeyboardInterrupt", 1, "KeyboardInterrupt\n"),
+        ("raise SystemExit(2)", 2, ""),
+        ("sys.exit('a text')", 1, "a text\n"),
+        ("sys.exit()", 0, ""),
+    ],
+)
+def test_distributed_error_of_one_rank_on_gpus_ends_it_at_once(ends: str, code: int, told: str) -> None:
+    environ = os.environ | {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
+    program = [sys.executable, "-c", STUCK.format(ends=ends, at_end="time.sleep(1000)")]
+    done = subprocess.run(program, env=environ, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout) == (code, "works\n")
+    assert done.stderr.endswith(told) and bool(done.stderr) == bool(told)
+
+
+def test_distributed_group_on_gpus_is_torn_down_at_its_end() -> None:
+    environ = os.environ | {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
+    program = [sys.executable, "-c", STUCK.format(ends="pass", at_end="print('torn down')")]
+    done = subprocess.run(program, env=environ, capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == "works\ntorn down\nwent on\ntorn down\n"
 
 
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import cptrain.train.run as train_run
+from cptrain.distributed import host
 from cptrain.train.settings import TrainSettings
 
 # Pages that this process fetches while it makes and frees the same 32 MiB in four tensors, ten times.
@@ -62,12 +63,11 @@ def test_distributed_memory_is_kept_and_turns_are_taken_by_training_on_cpu(devic
     class Reached(Exception):
         pass
 
-    stubs = {
+    stubs = {"keep_freed_memory": mock.Mock(), "take_turns": mock.Mock()}
+    started = {
         "local_device": mock.Mock(return_value=torch.device(device)),
         "process_group": mock.Mock(side_effect=Reached),
-        "keep_freed_memory": mock.Mock(),
-        "take_turns": mock.Mock(),
     }
-    with mock.patch.multiple(train_run, **stubs), pytest.raises(Reached):
+    with mock.patch.multiple(host, **stubs), mock.patch.multiple(train_run, **started), pytest.raises(Reached):
         train_run.run(TrainSettings())
     assert stubs["keep_freed_memory"].called == stubs["take_turns"].called == kept

@@ -255,6 +255,17 @@ def test_train_cli_an_error_of_compiled_code_below_ours_keeps_its_traceback() ->
         merge_in_torch(*(torch.zeros(1, 1, *size) for size in ((2, 4), (2,), (3, 4), (3,))))
 
 
+def test_train_cli_an_error_of_another_rank_than_the_first_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr("cptrain.config.error.time.sleep", lambda _: None)
+    with pytest.raises(SystemExit) as caught, run_module.worded(ValueError):
+        raise ValueError("data.paths: no such file")
+    assert (caught.value.code, capsys.readouterr().err) == (2, "[rank 3] data.paths: no such file\n")
+
+
 class Failing(FakeTrainer):
     """Ends with the error that the class is given."""
 
@@ -316,6 +327,7 @@ def test_train_cli_a_device_without_memory_at_the_start_is_somebody_elses(monkey
     ("variables", "told"),
     [
         ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, "SLURM_NTASKS = 2, but MASTER_ADDR, MASTER_PORT not set: "),
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "1"}, ""),
         ({"LOCAL_WORLD_SIZE": "2"}, "2 ranks on this host, but 1 GPU found: "),
     ],
 )
@@ -328,11 +340,13 @@ def test_train_cli_ranks_that_cannot_be_started_end_with_code_2(
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: "LOCAL_WORLD_SIZE" in variables)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(run_module, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(run_module, "prepare_host", lambda _: None)
+    monkeypatch.setattr("cptrain.config.error.time.sleep", lambda _: None)
     with pytest.raises(SystemExit) as caught:
         run_module.run(TrainSettings())
     assert caught.value.code == 2
-    assert capsys.readouterr().err.startswith(told)
+    error = capsys.readouterr().err
+    assert error.startswith(told) and bool(error) == bool(told), "one rank speaks for a host"
 
 
 def test_train_cli_stopped_run_prints_a_command_to_paste(

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import NoReturn, TextIO
 
-from cptrain.config.launcher import is_first_on_host
+from cptrain.config.launcher import is_first_on_host, rank_name
 from cptrain.config.values import toml_text
 
 _LONGEST_VALUE = 60  # characters
@@ -37,6 +37,7 @@ def render(key: str, rule: str, fix: str = "", *, value: object = None, where: s
 def fail(
     error: Exception,
     *,
+    on_all: bool = True,
     stream: TextIO | None = None,
     environ: Mapping[str, str] = os.environ,
     head_start_s: float = 3.0,
@@ -45,9 +46,12 @@ def fail(
 
     The other ranks wait `head_start_s` first: torchrun kills all ranks as soon as one has ended, and the one that
     speaks may be the slowest to get here. Its end then ends theirs at once.
+    on_all: every rank has this error. If it may be one's own, whoever is not ended by then speaks, too.
     """
-    if is_first_on_host(environ):
-        print(error, file=stream or sys.stderr, flush=True)
-    else:
+    name = ""
+    if not is_first_on_host(environ):
         time.sleep(head_start_s)
+        name = f"[rank {rank_name(environ)}] "
+    if not (name and on_all):
+        print(f"{name}{error}", file=stream or sys.stderr, flush=True)
     raise SystemExit(2)

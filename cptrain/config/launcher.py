@@ -11,6 +11,11 @@ def is_first_on_host(environ: Mapping[str, str] = os.environ) -> bool:
     return environ.get("LOCAL_RANK", environ.get("SLURM_LOCALID", "0")) == "0"
 
 
+def rank_name(environ: Mapping[str, str] = os.environ) -> str:
+    """The rank as the launcher gives it, "" without one."""
+    return environ.get("RANK") or environ.get("SLURM_PROCID", "")
+
+
 def announced_ranks(environ: Mapping[str, str] = os.environ) -> tuple[str, str]:
     """The variable that holds how many ranks torchrun, or srun without it, started, and its text; "" without either."""
     name = "WORLD_SIZE"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 
-from cptrain.config.launcher import announced_ranks
+from cptrain.config.launcher import announced_ranks, rank_name
 from cptrain.distributed.settings import CommConfig
 from cptrain.distributed.shared_gloo import shared_gloo
 from cptrain.distributed.transport import be_patient
@@ -32,14 +33,14 @@ def rank_from_environment() -> tuple[int, int]:
     world_size = _number(name, text or "1")
     if world_size == 1:
         return 0, 1
-    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID")
+    rank = rank_name()
     found = {"RANK": rank, **{key: os.environ.get(key) for key in ("MASTER_ADDR", "MASTER_PORT")}}
     if missing := [key for key, value in found.items() if not value]:
         raise RuntimeError(
             f"{name} = {world_size}, but {', '.join(missing)} not set: ranks do not find each other; start them with "
             f"torchrun, as launch/slurm.sbatch does, or unset {name} for one rank"
         )
-    return _number("RANK", rank or "0"), world_size
+    return _number("RANK", rank), world_size
 
 
 @contextmanager
@@ -49,7 +50,8 @@ def process_group(comm: CommConfig, device: torch.device) -> Iterator[None]:
     Ranks are those of `rank_from_environment`, found at MASTER_ADDR and MASTER_PORT; a world of one needs no port.
     """
     rank, world_size = rank_from_environment()
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else shared_gloo()
+    nccl = device.type == "cuda"
+    backend = "cpu:gloo,cuda:nccl" if nccl else shared_gloo()
     timeout = timedelta(seconds=comm.init_timeout_seconds)
     with tempfile.TemporaryDirectory(prefix="cptrain-") as folder:
         if world_size == 1:
@@ -58,9 +60,30 @@ def process_group(comm: CommConfig, device: torch.device) -> Iterator[None]:
         else:
             dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
         try:
-            yield
+            with ended_at_once() if nccl and world_size > 1 else nullcontext():
+                yield
         finally:
             dist.destroy_process_group()
+
+
+@contextmanager
+def ended_at_once() -> Iterator[None]:
+    """An error that leaves the block is told, and ends the process there and then, with 1, or as SystemExit says.
+
+    Where it is not one of all ranks, NCCL waits when it is torn down, at the latest as the interpreter ends, for
+    messages of peers that wait for this rank: the error would not be told, and a launcher not learn that a rank failed.
+    """
+    try:
+        yield
+    except BaseException as error:
+        code = (error.code or 0) if isinstance(error, SystemExit) else 1
+        if not isinstance(error, SystemExit):
+            sys.excepthook(type(error), error, error.__traceback__)
+        elif not isinstance(code, int):
+            print(code, file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 1)
 
 
 def local_device() -> torch.device:

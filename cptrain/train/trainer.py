@@ -194,9 +194,11 @@ class Trainer:
                 loss_here += loss.detach()
         grad_norm = clip_grad_norm(self.model.parameters(), settings.training.max_norm)
         if not math.isfinite(grad_norm.item()):
+            latest = self.checkpointer.latest_step()
             raise RuntimeError(
                 f"step {step}: the gradient norm is {grad_norm.item()}, so the weights were not updated; "
-                f"the last checkpoint is step {self.checkpointer.latest_step()}. Lower optimizer.lr or look at the data"
+                f"{'no checkpoint was saved yet' if latest is None else f'the last checkpoint is step {latest}'}. "
+                "Lower optimizer.lr or look at the data"
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
