@@ -248,7 +248,7 @@ def test_distributed_group_on_gpus_is_torn_down_at_its_end() -> None:
 
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 LAUNCHERS += ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_STEP_TASKS_PER_NODE")
-LAUNCHERS += ("SLURM_GPUS_PER_TASK",)
+LAUNCHERS += ("SLURM_GPUS_PER_TASK", "SLURM_TRES_PER_TASK")
 FOUND_AT = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", **FOUND_AT}
 SALLOC = {"SLURM_NTASKS": "4"}
@@ -319,6 +319,8 @@ def test_distributed_device_of_a_host_without_cuda_is_the_cpu(monkeypatch):
         ({"SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "4(x2),3", "SLURM_NODEID": "2"}, 3, None),
         ({"SLURM_LOCALID": "5"}, 4, 6),
         ({"SLURM_LOCALID": "5", "SLURM_GPUS_PER_TASK": "1"}, 1, None),
+        ({"SLURM_LOCALID": "5", "SLURM_TRES_PER_TASK": "cpu:4,gres/gpu:1"}, 1, None),
+        ({"SLURM_LOCALID": "5", "SLURM_TRES_PER_TASK": "cpu:4"}, 1, 6),
         ({"LOCAL_RANK": "5", "LOCAL_WORLD_SIZE": "6", "SLURM_GPUS_PER_TASK": "1"}, 1, 6),
         ({"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "4"}, 4, None),
         ({}, 1, None),

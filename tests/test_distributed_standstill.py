@@ -72,3 +72,6 @@ def test_standstill_is_counted_inside_of_the_innermost_block_alone():
         twice = standstill.seconds()
     wait()
     assert standstill.seconds() == twice >= once + 0.01
+    with measured_standstill(CPU, wanted=False) as unwanted:
+        wait()
+    assert unwanted.seconds() == 0

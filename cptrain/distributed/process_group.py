@@ -95,8 +95,8 @@ def local_device() -> torch.device:
         return torch.device("cpu")
     local_rank = _number("LOCAL_RANK", os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0")
     ranks, gpus = max(local_rank + 1, _ranks_on_host()), torch.cuda.device_count()
-    if ranks > gpus and os.environ.get("SLURM_GPUS_PER_TASK") and "LOCAL_RANK" not in os.environ:
-        local_rank = 0  # srun shows each rank its own GPU alone
+    if ranks > gpus and _sees_its_own_gpus():
+        local_rank = 0
     elif ranks > gpus:
         raise RuntimeError(
             f"{ranks} ranks on this host, but {gpus} GPU{'' if gpus == 1 else 's'} found: each rank needs one; start "
@@ -104,6 +104,12 @@ def local_device() -> torch.device:
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+def _sees_its_own_gpus() -> bool:
+    """Whether srun, asked for GPUs by task, shows each rank its own alone."""
+    asked = os.environ.get("SLURM_GPUS_PER_TASK") or "gpu" in os.environ.get("SLURM_TRES_PER_TASK", "")
+    return bool(asked) and "LOCAL_RANK" not in os.environ
 
 
 def _number(name: str, text: str) -> int:

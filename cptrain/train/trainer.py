@@ -182,7 +182,8 @@ class Trainer:
         valid_here = sum((shard.labels != IGNORED).sum() for shard in shards)
         valid, counts = self._count(valid_here, batches, shards)
         loss_here = torch.zeros((), dtype=torch.float64, device=self.device)
-        with measured_standstill(self.device) as standstill:
+        due = self.metrics.due(step)
+        with measured_standstill(self.device, wanted=due) as standstill:
             for index, shard in enumerate(shards):
                 last = index == len(shards) - 1
                 self.parallel.set_reduction(last or settings.parallelism.fsdp_reduce_each_microbatch)
@@ -206,7 +207,7 @@ class Trainer:
         self.step = step
         self.tokens_seen += self.stage.tokens_per_step
         loss = max_loss = exposed_s = float("nan")
-        if self.metrics.due(step):
+        if due:
             exposed_here = loss_here.new_tensor(standstill.seconds())
             here = torch.stack((loss_here, loss_here / max(int(valid_here), 1), exposed_here))
             losses, means, exposed = gather(here).T.tolist()
