@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import re
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any
@@ -256,12 +258,69 @@ def groups_made(rank: int, world: int) -> list[int]:
         assert_matches(regrouped.unshard(out, dim=2), one_process(*inputs)[0])
         counts.append(len(dist.distributed_c10d._world.pg_map))
     assert first.regroup(ring=2, ulysses=2) is first
+    assert regrouped.regroup(ring=2, ulysses=2, method="hybrid") is first
+    assert regrouped.regroup(ring=4, ulysses=1, method="ring") is first.regroup(ring=4, ulysses=1)
     return [*counts, len(dist.distributed_c10d._world.pg_map)]
 
 
 def test_context_parallel_regroup_makes_no_new_groups_when_it_goes_back(pool):
     for counts in pool.run(4, groups_made):
         assert counts[0] < counts[1] == counts[2] == counts[3] == counts[4]
+
+
+def methods_of_one_ring(rank: int, world: int) -> list[str]:
+    first = plan(2)
+    plans = [first.regroup(ring=2, ulysses=1, method=method) for method in ("ring", "all_gather", "auto", "all_gather")]
+    assert plans[0] is plans[2] is first
+    assert plans[1] is plans[3]
+    assert plans[1].regroup(ring=2, ulysses=1) is first
+    return [each.method for each in plans]
+
+
+def test_context_parallel_regroup_tells_methods_of_one_ring_apart(pool):
+    assert pool.run(2, methods_of_one_ring)[0] == ["ring", "all_gather", "ring", "all_gather"]
+
+
+def empty_batches(rank: int, world: int) -> list[tuple[int, ...]]:
+    found = []
+    for cp in (plan(2), plan(1, 2), ContextParallel(plan(2).mesh, method="all_gather")):
+        q, k, v = (torch.ones(0, heads, 8, 4, requires_grad=True) for heads in (4, 2, 2))
+        out = cp.attention(q, k, v, is_causal=True)
+        found += [tuple(x.shape) for x in (out, *torch.autograd.grad(out.sum(), (q, k, v)))]
+    return found
+
+
+def test_context_parallel_batch_of_nothing_is_nothing_under_every_method(pool):
+    shapes = [(0, 4, 8, 4), (0, 4, 8, 4), (0, 2, 8, 4), (0, 2, 8, 4)]
+    assert pool.run(2, empty_batches) == [shapes * 3] * 2
+
+
+def described_after_changes(rank: int, world: int) -> list[str]:
+    """The last line of a plan of two models, when another plan has taken some of it over, and when one is gone."""
+    first, other = plan(2), plan(1, 2)
+    models = [small_model(num_layers=2) for _ in range(2)]
+    first.apply(models[0], modules="layers.*.attention")
+    first.apply(models[1], modules="layers.*.attention", window_size=5)
+    found = [first.describe()]
+    other.apply(models[0], modules="layers.1.attention")
+    found.append(first.describe())
+    first.apply(models[1], modules="layers.0.attention")
+    del models[0]
+    gc.collect()
+    return [*found, first.describe(), other.describe()]
+
+
+def test_plan_describes_the_modules_it_serves_by_now(pool):
+    both, less, least, other = (
+        [re.sub(r", ring of.*|, needed.*|, all-to-all.*", "", line) for line in text.splitlines()[1:]]
+        for text in pool.run(2, described_after_changes)[0]
+    )
+    names = "layers.0.attention .. layers.1.attention"
+    assert both == [f"2 modules, {names}: no window", f"2 modules, {names}: window 5"]
+    first = "1 modules, layers.0.attention .. layers.0.attention"
+    assert less == [f"{first}: no window", f"2 modules, {names}: window 5"]
+    assert sorted(least) == [f"{first}: no window", f"{first.replace('0', '1')}: window 5"]
+    assert other == ["no module applied yet: no window"]
 
 
 def described(rank: int, world: int) -> dict[str, str]:

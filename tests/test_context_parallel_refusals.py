@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from small import small_model
 from test_context_parallel import on_two_axes, plan, qkv
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -24,11 +25,18 @@ def text_of(call: Callable[[], Any]) -> str:
     return "no error"
 
 
+def second_derivative(cp: ContextParallel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    q = q.clone().requires_grad_()
+    (first,) = torch.autograd.grad(cp.attention(q, k, v, is_causal=True).sum(), q, create_graph=True)
+    first.sum().backward()
+
+
 def refusals(rank: int, world: int) -> dict[str, str]:
     mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("ring", "ulysses"))
     bare = init_device_mesh("cpu", (2,))
     cp = ContextParallel(mesh)
     q, k, v, _ = qkv(4, 2, 8)
+    cut = small_model(num_layers=1)
 
     def attend(*tensors: torch.Tensor, causal: bool = True, **options: Any) -> str:
         return text_of(lambda: cp.attention(*tensors, is_causal=causal, **options))
@@ -44,6 +52,18 @@ def refusals(rank: int, world: int) -> dict[str, str]:
         "hybrid of one axis": text_of(lambda: ContextParallel(mesh, method="hybrid")),
         "unknown kernel": text_of(lambda: ContextParallel(mesh, kernel="triton")),
         "inner degree": text_of(lambda: ContextParallel(mesh, ring_inner_degree=3)),
+        "inner degree in words": text_of(lambda: ContextParallel(mesh, ring_inner_degree="2")),
+        "no mesh": text_of(lambda: ContextParallel(None)),
+        "method of another degree, regrouped": text_of(lambda: cp.regroup(ring=2, ulysses=1, method="ulysses")),
+        "window of nothing, applied": text_of(lambda: cp.apply(cut, modules="layers.0.attention", window_size=0)),
+        "window below, applied": text_of(lambda: cp.apply(cut, modules="layers.0.attention", window_size=-1)),
+        "window of a part, applied": text_of(lambda: cp.apply(cut, modules="layers.0.attention", window_size=4.0)),
+        "heads that are described": text_of(lambda: cp.describe(64, num_heads=4, num_kv_heads=3, head_dim=8)),
+        "fewer heads than none": text_of(lambda: cp.describe(64, num_heads=-4, head_dim=8)),
+        "a DTensor": text_of(lambda: cp.shard(cp.shard(torch.arange(8), dim=0, as_dtensor=True), dim=0)),
+        "empty heads": attend(q[..., :0], k[..., :0], v),
+        "empty values": attend(q, k, v[..., :0]),
+        "second derivatives": text_of(lambda: second_derivative(cp, q, k, v)),
         "inner rings of no ring": text_of(lambda: ContextParallel(mesh, method="all_gather", ring_inner_degree=2)),
         "chunks of no layout": text_of(lambda: ContextParallel(mesh, chunk_size=7)),
         "dims": attend(q[0], k[0], v[0]),
@@ -72,7 +92,19 @@ def refused(pool) -> dict[str, str]:
     {
         "unknown axis": 'ValueError: ring = "context": the mesh has the axes ring, ulysses',
         "missing axis": 'ValueError: ulysses = "ulysses": the mesh has the axes ring; name one, or set ulysses=None',
-        "no names": 'ValueError: ring = "ring": the mesh has the axes without names',
+        "no names": 'ValueError: ring = "ring": the axes of the mesh have no names; name one',
+        "inner degree in words": "ValueError: ring_inner_degree = '2': a ring of 2 allows 1, 2",
+        "no mesh": "ValueError: mesh = None: must be a DeviceMesh",
+        "method of another degree, regrouped": 'ValueError: method = "ulysses": ring degree 2 and ulysses degree 1 ',
+        "window of nothing, applied": "ValueError: window_size = 0: must be at least 1",
+        "window below, applied": "ValueError: window_size = -1: must be at least 1",
+        "window of a part, applied": "ValueError: window_size = 4.0: must be a whole number of tokens, or None",
+        "heads that are described": "ValueError: 4 query heads are not a multiple of 3 kv heads",
+        "fewer heads than none": "ValueError: -4 query heads are not a multiple of -4 kv heads",
+        "a DTensor": "ValueError: shard takes whole plain tensors: hand over x.full_tensor()",
+        "empty heads": "ValueError: q (2, 4, 8, 0), v (2, 2, 8, 4): heads have no elements",
+        "empty values": "ValueError: q (2, 4, 8, 4), v (2, 2, 8, 0): heads have no elements",
+        "second derivatives": "NotImplementedError: second derivatives of attention",
         "one axis twice": 'ValueError: ring and ulysses are both "ring": ',
         "unknown layout": 'ValueError: layout = "striped": must be one of contiguous, zigzag',
         "unknown method": 'ValueError: method = "megatron": must be one of auto, ring, ',
@@ -89,9 +121,9 @@ def refused(pool) -> dict[str, str]:
         "heads": "ValueError: 3 query heads are not a multiple of 2 kv heads",
         "no kv heads": "ValueError: 4 query heads are not a multiple of 0 kv heads",
         "no heads": "ValueError: 0 query heads are not a multiple of 2 kv heads",
-        "window without causal": "ValueError: window_size = 3: must be at least 1, with is_causal=True",
+        "window without causal": "ValueError: window_size = 3: needs is_causal=True; or leave it out",
         "window of a part": "ValueError: window_size = 3.0: must be a whole number of tokens, or None",
-        "window of nothing": "ValueError: window_size = 0: must be at least 1, with is_causal=True",
+        "window of nothing": "ValueError: window_size = 0: must be at least 1; or leave it out",
         "scale": "ValueError: scale = 0.0: must be above 0",
         "tangents": "NotImplementedError: forward-mode differentiation (torch.func.jvp) is not supported",
         "two lengths": "ValueError: lengths [8, 16] along dim 0: they must be one sequence",

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.graph import save_on_cpu
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
@@ -125,6 +126,28 @@ def test_dispatch_gives_each_module_the_window_it_was_applied_with():
     assert [call["window_size"] for call in recorder.calls] == [5, None]
     with pytest.raises(ValueError, match="window_size = 5: these modules call attention without is_causal=True"):
         model[2](X)
+
+
+def test_dispatch_leaves_nothing_of_an_earlier_window():
+    model, recorder = nn.Sequential(Attention(is_causal=True)), Recorder()
+    apply(model, modules="0", attention=recorder, window_size=5)
+    apply(model, modules="0", attention=recorder)
+    model(X)
+    assert [call["window_size"] for call in recorder.calls] == [None]
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("modules", ["0", "0*"])
+def test_dispatch_finds_what_is_wrapped_for_checkpointing_by_its_own_name(use_reentrant: bool, modules: str):
+    kind = CheckpointImpl.REENTRANT if use_reentrant else CheckpointImpl.NO_REENTRANT
+    wrapped, recorder = nn.Sequential(checkpoint_wrapper(Attention(is_causal=True), kind)), Recorder()
+    assert apply(wrapped, modules=modules, attention=recorder) == ["0"]
+    x = X.clone().requires_grad_()
+    out = wrapped(x)
+    out.sum().backward()
+    assert torch.equal(out, 3 * X)
+    assert torch.equal(x.grad, torch.full_like(X, 3.0))
+    assert recorder.calls
 
 
 def test_dispatch_follows_a_deep_copy_to_the_parameters_of_the_copy():

@@ -379,6 +379,11 @@ def calls(cp: ContextParallel) -> dict[str, tuple[tuple[Any, ...], dict[str, Any
             {},
             r"^ValueError: position_ids\[0, \d+\] = \d+, but this rank holds",
         ),
+        "wrong where 0 is right": (
+            (tokens,),
+            {"position_ids": torch.where(positions == positions.min(), 90, positions)},
+            r"^ValueError: position_ids\[0, 0\] = 90, but this rank holds position (0|6) there",
+        ),
         "packed documents": (
             (tokens,),
             {"position_ids": begun_anew},
@@ -426,6 +431,7 @@ CALLS = [
     "no positions",
     "positions counted from 0",
     "positions of the whole sequence, by place",
+    "wrong where 0 is right",
     "packed documents",
     "packed documents, flash",
     "three positions per token",
@@ -477,6 +483,11 @@ def refuse_the_rest(rank: int, world: int) -> dict[str, str]:
     found["dropout set later"] = raised(model, tokens, position_ids=positions)
     model.set_attn_implementation("eager")
     found["eager set later"] = raised(model, tokens, position_ids=positions)
+    bare = make_model().model
+    cp.apply(bare, modules="*.self_attn")
+    bare.layers[0].self_attn.config = copy.copy(bare.config)
+    bare.layers[0].self_attn.config._attn_implementation = "eager"
+    found["eager set in one place"] = raised(bare, tokens, position_ids=positions)
     layers = make_model()
     found["whole layers"] = raised(cp.apply, layers, modules="model.layers.?") + raised(
         layers, tokens, position_ids=positions
@@ -490,7 +501,8 @@ REST = {
     "a model of the same config": r"^RuntimeError: MistralAttention of layer 0 was not made .* share one config object",
     "a changed window": r"^RuntimeError: MistralAttention of layer 0 asks for a window of 6, by its config it had 5",
     "dropout set later": r"^NotImplementedError: dropout_p = 0\.1",
-    "eager set later": r"^RuntimeError: model\.layers\.0\.self_attn was made context parallel, but its forward never",
+    "eager set later": r'^RuntimeError: the attention implementation was set to "eager" after .*: apply the plan',
+    "eager set in one place": r"^RuntimeError: layers\.0\.self_attn was made context parallel, but its forward never",
     "whole layers": r"nothing was raisedRuntimeError: LlamaAttention of layer 0 was not made context parallel",
 }
 

@@ -226,6 +226,25 @@ def test_messages_of_gradients_have_a_communicator_of_their_own(attentions):
         assert list(groups.values()) == [3], "N - 1 of gradients, beside them"
 
 
+def exchange_of_a_window(rank: int, world: int) -> tuple[Counter, Counter]:
+    """Messages by communicator, forward and backward, where only keys that a window reaches travel."""
+    cp = plan(world)
+    q, k, v = (torch.randn(1, heads, 16, 4, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
+    with logged() as log:
+        out = cp.attention(q, k, v, is_causal=True, window_size=3)
+        forward = Counter(event[2] for event in log if event[0] == "send")
+        log.clear()
+        out.sum().backward()
+    return forward, Counter(event[2] for event in log if event[0] == "send")
+
+
+def test_messages_of_gradients_of_an_exchange_have_a_communicator_of_their_own(pool):
+    for forward, backward in pool.run(4, exchange_of_a_window):
+        ((of_keys, sent),) = forward.items()
+        assert backward.pop(of_keys) == sent, "keys once more"
+        assert list(backward.values()) == [sent], "and the gradients of as many, beside them"
+
+
 def test_messages_of_one_rank_are_none(attentions):
     forward, backward, _ = attentions[1][0]["zigzag", True, torch.float64]
     assert (forward, backward) == ([("forward",)], [("backward",)])

@@ -51,7 +51,9 @@ class AllGather:
             of_keys, of_values = (Sum(x) for x in both.split(widths, -1))
             compute(piece, (of_keys, of_values))
             of_keys.result(), of_values.result()
-            parts = self._reordered(both, to_shards).view(self._layout.num_ranks, k.size(0), 1, k.size(2), -1)
+            parts = self._reordered(both, to_shards).view(
+                self._layout.num_ranks, k.size(0), 1, k.size(2), both.size(-1)
+            )
             own = self._gathering.reduce_scatter(parts)
             for x, part in zip(total, own.split(widths, -1), strict=True):
                 x[:, piece.first_head : piece.first_head + 1] = part
@@ -68,7 +70,7 @@ class AllGather:
             end(works)
             if head + 1 < k.size(1):
                 under_way = self._post(k, v, head + 1)
-            both = self._reordered(parts, to_sequence).view(k.size(0), 1, self._layout.length, -1)
+            both = self._reordered(parts, to_sequence).view(k.size(0), 1, self._layout.length, k.size(-1) + v.size(-1))
             keys, values = both.split([k.size(-1), v.size(-1)], -1)
             visit(Piece(keys, values, self._blocks, first_head=head))
 
@@ -80,7 +82,7 @@ class AllGather:
 
     def _reordered(self, x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
         """The chunks of x, of which all rows follow one another in memory, in this order: [B * chunks, numbers]."""
-        return x.view(order.numel(), -1).index_select(0, order)
+        return x.view(order.numel(), x.numel() // max(order.numel(), 1)).index_select(0, order)
 
 
 @kept_per_stream(maxsize=16)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -23,9 +24,14 @@ from cptrain.context_parallel.packing import Packer, decode, find_documents, joi
 from cptrain.context_parallel.refusals import (
     OUTSIDE,
     check_entered,
+    check_heads,
+    check_mesh,
+    check_method,
     check_placements,
     check_plan,
     check_tensors,
+    check_whole,
+    check_window,
 )
 from cptrain.context_parallel.regroup import regrouped_mesh
 from cptrain.context_parallel.traffic import Call
@@ -70,10 +76,11 @@ class ContextParallel:
     _route: str = field(init=False, repr=False)
     _exchange_route: str = field(init=False, repr=False)
     _entered: Entered = field(init=False, repr=False, compare=False)
-    _applied: dict[str, int] = field(init=False, repr=False, compare=False)  # windows of modules, by name
+    _applied: WeakKeyDictionary[nn.Module, str] = field(init=False, repr=False, compare=False)  # their names
     _family: dict[tuple[Any, ...], ContextParallel] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        check_mesh(self.mesh)
         ring, ulysses = self._size("ring"), self._size("ulysses")
         check_plan(self, ring, ulysses)
         if self.method == "auto":
@@ -93,7 +100,7 @@ class ContextParallel:
         self._set("_groups", groups)
         self._set("_heads_group", heads_group)
         carried_by = "all_gather" if self.method == "all_gather" else "ring"
-        self._set("_applied", {})
+        self._set("_applied", WeakKeyDictionary())
         self._set("_family", {})
         self._set("_entered", Entered())
         route = Route(carried_by, ring, self.layout, self.overlap, self.kernel, groups)
@@ -118,13 +125,14 @@ class ContextParallel:
     def shard(self, *tensors: torch.Tensor, dim: int = 1, as_dtensor: bool = False) -> Any:
         """This rank's part of each global tensor, all cut along `dim` by the same permutation; one tensor, or a tuple.
 
-        The length along `dim` must be one for all, a multiple of ring x ulysses and, for zigzag, of 2 x ring; else
-        ValueError. With as_dtensor=True the parts come as DTensors of the whole permuted sequence, Shard(dim) on each
-        axis of the plan.
+        The length along `dim` must be one for all, a multiple of ring x ulysses and, for zigzag, of 2 x ring; else, and
+        for DTensors, ValueError. With as_dtensor=True the parts come as DTensors of the whole permuted sequence,
+        Shard(dim) on each axis of the plan.
         """
         if len({x.size(dim) for x in tensors}) > 1:
             raise ValueError(f"lengths {[x.size(dim) for x in tensors]} along dim {dim}: they must be one sequence")
         self._refuse_balanced("shard", "pack(document_ids).shard")
+        check_whole(tensors)
         parts = []
         for x in tensors:
             part = x.index_select(dim, send(self._pieces(x.size(dim))[self._place()], x.device))
@@ -132,7 +140,10 @@ class ContextParallel:
         return parts[0] if len(parts) == 1 else tuple(parts)
 
     def unshard(self, x: torch.Tensor, *, dim: int) -> torch.Tensor:
-        """The global tensor in global order, on every rank: the inverse of `shard`. Differentiable."""
+        """The global tensor in global order, on every rank: the inverse of `shard`.
+
+        Differentiable where all ranks go on alike with what they get: the gradient of a part is that on its own rank.
+        """
         self._refuse_balanced("unshard", "pack(document_ids).unshard")
         whole = self._gathered(x, dim)
         order = torch.argsort(self._pieces(whole.size(dim)).flatten())
@@ -177,7 +188,7 @@ class ContextParallel:
 
         Raises ValueError for windows below 0.
         """
-        windows = tuple(sorted(set(self._applied.values() if windows is None else windows))) or (0,)
+        windows = tuple(sorted({window for _, window in self._served()} if windows is None else set(windows))) or (0,)
         if windows[0] < 0:
             raise ValueError(f"windows = {windows}: each must be at least 1 token, or 0 for layers without one")
         return Packer(self.ring_degree, self.ring_inner_degree, self.chunk_size, windows)
@@ -247,9 +258,11 @@ class ContextParallel:
         Modules that already are take this plan instead of theirs. A Hugging Face transformers model needs nothing else:
         see [Note: transformers models] in `huggingface`.
         window_size: gives these modules a sliding window, which the function itself cannot express; models whose layers
-        differ call this once per kind of layer. Returns the names. Raises ValueError when the pattern matches nothing,
+        differ call this once per kind of layer. A module wrapped for activation checkpointing is found by its own name.
+        Returns the names. Raises ValueError when the pattern matches nothing,
         NotImplementedError for a transformers model that would not be exact; see `dispatch.apply`.
         """
+        check_window(window_size)
         matched = dispatch.match(model, modules)
         windows = huggingface.prepare(
             model,
@@ -260,9 +273,8 @@ class ContextParallel:
             packed=self.layout == "balanced",
         )
         for name, module in matched.items():
-            window = windows.get(name, window_size)
-            dispatch.install(name, module, self.attention, window)
-            self._applied[name] = window or 0
+            dispatch.install(name, module, self.attention, windows.get(name, window_size))
+            self._applied[module] = name
         return list(matched)
 
     def regroup(
@@ -273,12 +285,10 @@ class ContextParallel:
         Plans are kept, so that changing back and forth makes no new groups. `apply` the new plan to switch a model.
         Collective over all ranks. Raises ValueError when ring x ulysses does not divide the ranks of data x context.
         """
-        of_ring = self.method != "all_gather"
-        if (ring, ulysses, ring_inner_degree) == (self.ring_degree, self.ulysses_degree, self.ring_inner_degree) and (
-            method == self.method or (method == "auto" and of_ring)
-        ):
-            return self
-        key = (ring, ulysses, method, ring_inner_degree, data)
+        check_method(method, ring, ulysses)
+        ours = (self.ring_degree, self.ulysses_degree, self.ring_inner_degree, self.method == "all_gather", data)
+        self._family.setdefault(ours, self)
+        key = (ring, ulysses, ring_inner_degree, method == "all_gather", data)
         if key not in self._family:
             plan = ContextParallel(
                 regrouped_mesh(self.mesh, (self.ring or "ring", self.ulysses or "ulysses"), (ring, ulysses), data=data),
@@ -316,9 +326,16 @@ class ContextParallel:
         """
         if bool(num_heads) != bool(head_dim):
             raise ValueError(f"num_heads = {num_heads}, head_dim = {head_dim}: give both or neither")
+        if num_heads:
+            check_heads(num_heads, num_kv_heads or num_heads, self.ulysses_degree)
         shapes = {"heads": num_heads, "kv_heads": num_kv_heads or num_heads, "key_dim": head_dim, "value_dim": head_dim}
         call = Call(batch=batch, itemsize=dtype.itemsize, **shapes) if num_heads and head_dim else None
-        return description.describe(self, self._applied, seq_len, call)
+        return description.describe(self, self._served(), seq_len, call)
+
+    def _served(self) -> list[tuple[str, int]]:
+        """Name and window (0: without one) of the modules whose attention this plan is, and no other one by now."""
+        switches = [(name, dispatch.switch_of(module)) for module, name in self._applied.items()]
+        return [(name, s.window_size or 0) for name, s in switches if s is not None and s.attention == self.attention]
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -328,8 +345,8 @@ class ContextParallel:
         if axis is None:
             return 1
         if axis not in names:
-            theirs = ", ".join(names) or "without names"
-            raise ValueError(f'{kind} = "{axis}": the mesh has the axes {theirs}; name one, or set {kind}=None')
+            theirs = f"the mesh has the axes {', '.join(names)}" if names else "the axes of the mesh have no names"
+            raise ValueError(f'{kind} = "{axis}": {theirs}; name one, or set {kind}=None')
         return self.mesh.size(names.index(axis))
 
     def _place(self) -> int:

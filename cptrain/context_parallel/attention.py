@@ -222,3 +222,13 @@ def _backward(ctx, dout, dlse, dkept):  # type: ignore[no-untyped-def]
 
 
 attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _backward_of_backward(ctx, *gradients):  # type: ignore[no-untyped-def]
+    raise NotImplementedError(
+        "second derivatives of attention (a backward pass with create_graph=True, differentiated) are not supported "
+        "under context parallelism"
+    )
+
+
+attention_backward.register_autograd(_backward_of_backward)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -33,8 +33,8 @@ def summary(plan: ContextParallel) -> str:
     return f"{plan.method} ({', '.join(parts)})"
 
 
-def describe(plan: ContextParallel, applied: Mapping[str, int], seq_len: int | None, call: Call | None) -> str:
-    """The summary, then a line for each kind of module (by its window) that the plan was applied to.
+def describe(plan: ContextParallel, applied: Sequence[tuple[str, int]], seq_len: int | None, call: Call | None) -> str:
+    """The summary, then a line for each kind of module that the plan was applied to, by name and window (0: none).
 
     With the length of a sequence and the shapes of a call, what this rank sends in it, and the buffers.
     Raises ValueError for a call without the length.
@@ -43,7 +43,7 @@ def describe(plan: ContextParallel, applied: Mapping[str, int], seq_len: int | N
         raise ValueError("what a call sends depends on the length of the sequence: give seq_len too")
     lines = [summary(plan)]
     by_window: dict[int, list[str]] = {}
-    for name, window in applied.items():
+    for name, window in applied:
         by_window.setdefault(window, []).append(name)
     for window, names in (by_window or {0: []}).items():
         shown = [name or "the model itself" for name in names]

@@ -38,6 +38,7 @@ OTHERS = (
     "varlen_attn",
 )
 SWITCH = "_context_parallel_switch"  # where a module keeps it
+WRAPPED = "_checkpoint_wrapped_module"  # what torch calls it
 WHOLE = "checkpoint the whole module or the block around it, not a part of its forward"
 
 
@@ -137,7 +138,7 @@ def match(model: nn.Module, modules: str | Sequence[str]) -> dict[str, nn.Module
     """The modules that `apply` is about to change, each by its first name that matches; its errors come from here."""
     patterns = [modules] if isinstance(modules, str) else list(modules)
     # A module that is registered under several names is found by any of them.
-    named = list(model.named_modules(remove_duplicate=False))
+    named = [(name, _unwrapped(module)) for name, module in model.named_modules(remove_duplicate=False)]
     found = {pattern: {name for name, _ in named if _matches(name, pattern)} for pattern in patterns}
     missed = [pattern for pattern, names in found.items() if not names]
     if missed or not patterns:
@@ -168,6 +169,13 @@ def match(model: nn.Module, modules: str | Sequence[str]) -> dict[str, nn.Module
                 f"modules = {modules!r} matches {_called(name)} and {inside[0]} inside it; name only one of them"
             )
     return dict(by_identity.values())
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """What torch's `checkpoint_wrapper` holds: its own forward is computed again where no mode of it would be there."""
+    while isinstance(inner := getattr(module, WRAPPED, None), nn.Module):
+        module = inner
+    return module
 
 
 def _matches(name: str, pattern: str) -> bool:

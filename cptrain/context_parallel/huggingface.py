@@ -215,6 +215,11 @@ def _watch(model: nn.Module, inputs: Inputs) -> None:
 
     def with_checks(self: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given, inputs = dict(zip(names, args, strict=False)) | kwargs, self._context_parallel_inputs
+        if inputs.reads_positions and self.config._attn_implementation != NAME:
+            raise RuntimeError(
+                f'the attention implementation was set to "{self.config._attn_implementation}" after the model was '
+                "made context parallel: apply the plan again"
+            )
         check_inputs(inputs, given)
         if inputs.packed and inputs.reads_positions and given.get("position_ids") is None:
             given["position_ids"] = default_positions(inputs, given)

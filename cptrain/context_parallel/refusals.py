@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -38,9 +39,32 @@ def check_plan(plan: ContextParallel, ring: int, ulysses: int) -> None:
             f'chunk_size = {plan.chunk_size}: layout = "{plan.layout}" deals no chunks; leave it out, or set layout to '
             '"balanced"'
         )
+    check_method(plan.method, ring, ulysses)
     names = ["auto", *(kernel.name for kernel in KERNELS)]
     if plan.kernel not in names:
         raise ValueError(f'kernel = "{plan.kernel}": must be one of {", ".join(names)}')
+    if plan.ring_inner_degree not in divisors(ring):
+        raise ValueError(
+            f"ring_inner_degree = {plan.ring_inner_degree!r}: a ring of {ring} allows "
+            f"{', '.join(map(str, divisors(ring)))}"
+        )
+    if plan.ring_inner_degree > 1 and plan.method == "all_gather":
+        raise ValueError(
+            f'ring_inner_degree = {plan.ring_inner_degree}: method = "all_gather" has no ring; leave it out, or set '
+            'method to "ring"'
+        )
+
+
+def check_mesh(mesh: object) -> None:
+    """ValueError for what is no mesh."""
+    if not isinstance(mesh, DeviceMesh):
+        raise ValueError(
+            f"mesh = {mesh!r}: must be a DeviceMesh, as torch.distributed.device_mesh.init_device_mesh makes it"
+        )
+
+
+def check_method(method: str, ring: int, ulysses: int) -> None:
+    """ValueError for a method that is not what the degrees amount to."""
     possible = {
         "auto": True,
         "ring": ulysses == 1,
@@ -48,22 +72,38 @@ def check_plan(plan: ContextParallel, ring: int, ulysses: int) -> None:
         "ulysses": ring == 1,
         "hybrid": (ring > 1) == (ulysses > 1),
     }
-    if plan.method not in possible:
-        raise ValueError(f'method = "{plan.method}": must be one of {", ".join(possible)}')
-    if not possible[plan.method]:
+    if method not in possible:
+        raise ValueError(f'method = "{method}": must be one of {", ".join(possible)}')
+    if not possible[method]:
         fitting = [name for name, fits in possible.items() if fits]
         raise ValueError(
-            f'method = "{plan.method}": ring degree {ring} and ulysses degree {ulysses} allow {", ".join(fitting)}'
+            f'method = "{method}": ring degree {ring} and ulysses degree {ulysses} allow {", ".join(fitting)}'
         )
-    if plan.ring_inner_degree not in divisors(ring):
+
+
+def check_whole(tensors: Sequence[torch.Tensor]) -> None:
+    """ValueError for DTensors, which are cut already, or look so."""
+    if any(isinstance(x, DTensor) for x in tensors):
+        raise ValueError("shard takes whole plain tensors: hand over x.full_tensor() of a DTensor")
+
+
+def check_window(window_size: int | None) -> None:
+    """ValueError for what is no number of tokens."""
+    if window_size is not None and not isinstance(window_size, int):
+        raise ValueError(f"window_size = {window_size}: must be a whole number of tokens, or None")
+    if window_size is not None and window_size < 1:
+        raise ValueError(f"window_size = {window_size}: must be at least 1; or leave it out")
+
+
+def check_heads(heads: int, kv_heads: int, ulysses_degree: int) -> None:
+    """ValueError for numbers of heads that do not fit each other or the degree."""
+    if heads < 1 or kv_heads < 1 or heads % kv_heads:
+        raise ValueError(f"{heads} query heads are not a multiple of {kv_heads} kv heads")
+    valid = valid_ulysses_degrees(heads, kv_heads)
+    if ulysses_degree not in valid:
         raise ValueError(
-            f"ring_inner_degree = {plan.ring_inner_degree}: a ring of {ring} allows "
-            f"{', '.join(map(str, divisors(ring)))}"
-        )
-    if plan.ring_inner_degree > 1 and plan.method == "all_gather":
-        raise ValueError(
-            f'ring_inner_degree = {plan.ring_inner_degree}: method = "all_gather" has no ring; leave it out, or set '
-            'method to "ring"'
+            f"ulysses degree {ulysses_degree}: {heads} heads and {kv_heads} kv heads on this rank allow "
+            f"{', '.join(map(str, valid))}; or give the rest to the ring"
         )
 
 
@@ -91,6 +131,8 @@ def check_tensors(
         raise ValueError(f"q, k, v have {q.ndim}, {k.ndim}, {v.ndim} dims; they must be [B, H, T, D]")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q is {q.dtype}, k {k.dtype}, v {v.dtype}: cast them to one dtype")
+    if not q.size(-1) or not v.size(-1):
+        raise ValueError(f"q {tuple(q.shape)}, v {tuple(v.shape)}: heads have no elements")
     heads, kv_heads = q.size(HEAD_DIM), k.size(HEAD_DIM)
     if k.shape[:3] != v.shape[:3] or q.size(0) != k.size(0) or q.size(-1) != k.size(-1):
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit together")
@@ -99,18 +141,10 @@ def check_tensors(
             f"{q.size(SEQUENCE_DIM)} query and {k.size(SEQUENCE_DIM)} key tokens per rank: a causal mask needs as "
             "many keys as queries; use is_causal=False for cross-attention"
         )
-    if window_size is not None and not isinstance(window_size, int):
-        raise ValueError(f"window_size = {window_size}: must be a whole number of tokens, or None")
-    if window_size is not None and (window_size < 1 or not is_causal):
-        raise ValueError(f"window_size = {window_size}: must be at least 1, with is_causal=True; or leave it out")
-    if not heads or not kv_heads or heads % kv_heads:
-        raise ValueError(f"{heads} query heads are not a multiple of {kv_heads} kv heads")
-    valid = valid_ulysses_degrees(heads, kv_heads)
-    if ulysses_degree not in valid:
-        raise ValueError(
-            f"ulysses degree {ulysses_degree}: {heads} heads and {kv_heads} kv heads on this rank allow "
-            f"{', '.join(map(str, valid))}; or give the rest to the ring"
-        )
+    check_window(window_size)
+    if window_size is not None and not is_causal:
+        raise ValueError(f"window_size = {window_size}: needs is_causal=True; or leave it out")
+    check_heads(heads, kv_heads, ulysses_degree)
 
 
 def check_entered(shape: tuple[int, int], q: torch.Tensor, *, is_causal: bool, degree: int) -> None:
