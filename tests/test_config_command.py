@@ -304,6 +304,7 @@ def test_config_command_help_of_an_unknown_topic_suggests(presets: Path, topic: 
         ({"RANK": "8", "LOCAL_RANK": "0", "WORLD_SIZE": "16"}, True),
         ({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "16"}, False),
         ({"SLURM_LOCALID": "3"}, False),
+        ({"LOCAL_RANK": ""}, True),
     ],
 )
 def test_config_command_speaks_from_one_rank_per_host(environ: dict[str, str], speaks: bool) -> None:
@@ -319,7 +320,9 @@ def test_config_command_speaks_from_one_rank_per_host(environ: dict[str, str], s
 @pytest.mark.parametrize(
     ("environ", "prefix"),
     [
-        ({"RANK": "8", "LOCAL_RANK": "0"}, ""),
+        ({}, ""),
+        ({"RANK": "0", "LOCAL_RANK": "0"}, ""),
+        ({"RANK": "8", "LOCAL_RANK": "0"}, "[rank 8] "),
         ({"RANK": "9", "LOCAL_RANK": "1"}, "[rank 9] "),
         ({"SLURM_PROCID": "5", "SLURM_LOCALID": "1"}, "[rank 5] "),
     ],

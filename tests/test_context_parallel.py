@@ -268,6 +268,20 @@ def test_context_parallel_regroup_makes_no_new_groups_when_it_goes_back(pool):
         assert counts[0] < counts[1] == counts[2] == counts[3] == counts[4]
 
 
+def regrouped_along_two_axes(rank: int, world: int) -> list[tuple[int, ...]]:
+    names = ("dp_replicate", "dp_shard", "ring", "ulysses")
+    first = ContextParallel(init_device_mesh("cpu", (2, 2, 2, 1), mesh_dim_names=names))
+    wide = first.regroup(ring=4, ulysses=1)
+    tall = first.regroup(ring=4, ulysses=1, data="dp_replicate")
+    assert wide.regroup(ring=2, ulysses=1) is tall.regroup(ring=2, ulysses=1, data="dp_replicate") is first
+    plans = (wide, tall, tall.regroup(ring=2, ulysses=1))
+    return [tuple(each.mesh.size(each.mesh.mesh_dim_names.index(name)) for name in names) for each in plans]
+
+
+def test_context_parallel_regroup_tells_the_sizes_of_other_axes_apart(pool):
+    assert pool.run(8, regrouped_along_two_axes)[0] == [(2, 1, 4, 1), (1, 2, 4, 1), (1, 4, 2, 1)]
+
+
 def methods_of_one_ring(rank: int, world: int) -> list[str]:
     first = plan(2)
     plans = [first.regroup(ring=2, ulysses=1, method=method) for method in ("ring", "all_gather", "auto", "all_gather")]
@@ -317,7 +331,7 @@ def test_plan_describes_the_modules_it_serves_by_now(pool):
     )
     names = "layers.0.attention .. layers.1.attention"
     assert both == [f"2 modules, {names}: no window", f"2 modules, {names}: window 5"]
-    first = "1 modules, layers.0.attention .. layers.0.attention"
+    first = "layers.0.attention"
     assert less == [f"{first}: no window", f"2 modules, {names}: window 5"]
     assert sorted(least) == [f"{first}: no window", f"{first.replace('0', '1')}: window 5"]
     assert other == ["no module applied yet: no window"]
@@ -339,7 +353,7 @@ def test_plan_describes_its_modules_messages_and_buffers(pool):
     texts = pool.run(4, described)[0]
     assert texts["before"].splitlines()[1].startswith("no module applied yet: no window, all-to-all over 2 ranks and ")
     lines = texts["applied"].splitlines()
-    assert lines[0] == "hybrid (ring 2 x ulysses 2, zigzag, 1 hops)"
+    assert lines[0] == "hybrid (ring 2 x ulysses 2, zigzag, 1 hop)"
     assert lines[1].startswith("2 modules, layers.0.attention .. layers.1.attention: no window, all-to-all over 2")
     # a ring rank holds 2048 tokens of 1 kv head (of 2, over Ulysses 2) of 64 + 64 elements of 2 bytes: 512 KiB
     # all-to-all: half of a rank's 1024 tokens of 8 query and 2 + 2 kv heads of 64 elements together, and of the result

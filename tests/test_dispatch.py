@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
+import inspect
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -148,6 +151,37 @@ def test_dispatch_finds_what_is_wrapped_for_checkpointing_by_its_own_name(use_re
     assert torch.equal(out, 3 * X)
     assert torch.equal(x.grad, torch.full_like(X, 3.0))
     assert recorder.calls
+
+
+def test_dispatch_finds_what_is_inside_of_a_block_that_is_wrapped_for_checkpointing():
+    model, recorder = nn.Sequential(checkpoint_wrapper(Layer(attention=Attention(is_causal=True)))), Recorder()
+    assert apply(model, modules="0.attention", attention=recorder) == ["0.attention"]
+    assert torch.equal(model(X), 3 * X)
+
+
+def replaced_by_hand() -> nn.Module:
+    module, other = Attention(), Attention()
+    module.forward = lambda x, *, scale=None: other(x)
+    return module
+
+
+@pytest.mark.parametrize("made", [Attention, replaced_by_hand], ids=["its own forward", "one that was replaced"])
+def test_dispatch_leaves_the_signature_of_a_forward_as_it_was(made):
+    model = nn.Sequential(made())
+    before = inspect.signature(model[0].forward)
+    apply(model, modules="0", attention=Recorder())
+    assert inspect.signature(model[0].forward) == before
+    assert torch.equal(model(X), 3 * X)
+
+
+def test_dispatch_of_a_deep_copy_does_not_keep_the_first_module_alive():
+    model = nn.Sequential(Attention())
+    apply(model, modules="0", attention=Recorder())
+    twin, first = copy.deepcopy(model), weakref.ref(model[0])
+    del model
+    gc.collect()
+    assert first() is None
+    assert torch.equal(twin(X), 3 * X)
 
 
 def test_dispatch_follows_a_deep_copy_to_the_parameters_of_the_copy():

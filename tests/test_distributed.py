@@ -100,7 +100,7 @@ def test_distributed_auto_takes_the_method_that_sends_fewest_bytes_and_says_why(
             {"tp": 2},
             "tp",
             "= 2 ranks are needed, and this is one",
-            "nproc-per-node 2 -m cptrain.train ...`, or",
+            "nproc-per-node 2 -m cptrain.train ...` (for --dry-run: add --world-size 2), or",
         ),
         (1, (8, 2), {"context": 16}, "context", "= 16 ranks are needed", "run on a multiple of 16 ranks, or lower"),
         (8, (8, 2), {"shard": 3}, "shard", "= 3, but the world size is 8", "run on 3 ranks, or set it to -1"),

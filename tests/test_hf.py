@@ -483,6 +483,10 @@ def refuse_the_rest(rank: int, world: int) -> dict[str, str]:
     found["dropout set later"] = raised(model, tokens, position_ids=positions)
     model.set_attn_implementation("eager")
     found["eager set later"] = raised(model, tokens, position_ids=positions)
+    model.set_attn_implementation("sdpa")
+    model.model.layers[0].self_attn.attention_dropout = 0.0
+    cp.apply(model, modules="*.self_attn")
+    found["sdpa, and applied again"] = raised(model, tokens, position_ids=positions)
     bare = make_model().model
     cp.apply(bare, modules="*.self_attn")
     bare.layers[0].self_attn.config = copy.copy(bare.config)
@@ -501,7 +505,8 @@ REST = {
     "a model of the same config": r"^RuntimeError: MistralAttention of layer 0 was not made .* share one config object",
     "a changed window": r"^RuntimeError: MistralAttention of layer 0 asks for a window of 6, by its config it had 5",
     "dropout set later": r"^NotImplementedError: dropout_p = 0\.1",
-    "eager set later": r'^RuntimeError: the attention implementation was set to "eager" after .*: apply the plan',
+    "eager set later": r'^RuntimeError: the attention implementation was set to "eager" after .*: set it to "sdpa" and',
+    "sdpa, and applied again": r"^nothing was raised$",
     "eager set in one place": r"^RuntimeError: layers\.0\.self_attn was made context parallel, but its forward never",
     "whole layers": r"nothing was raisedRuntimeError: LlamaAttention of layer 0 was not made context parallel",
 }

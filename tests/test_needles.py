@@ -17,7 +17,7 @@ from runs import GLOBAL_BATCH, small_settings, write_text
 from test_data_corpus import BOS, EOS, corpus_of
 
 from cptrain.data.needles import Needles
-from cptrain.data.pass_key import AFTER, BEFORE, LEAST_TEXT, QUESTION
+from cptrain.data.pass_key import AFTER, BEFORE, LEAST_TEXT, QUESTION, tokens_needed
 from cptrain.data.split import split_documents
 from cptrain.data.tokenizer import ByteTokenizer
 from cptrain.data.windows import IGNORE, Windows
@@ -50,6 +50,10 @@ def needles_in(folder: Path, tokenizer: ByteTokenizer, *, seq_len: int = SEQ_LEN
     corpus = corpus_of(folder, [chr(ord("a") + number) * (20 + 7 * number) for number in range(20)])
     windows = Windows(split_documents(corpus, fraction=0.0, seed=0)[0], seq_len=seq_len)
     return Needles(windows, tokenizer, count=count, seed=seed)
+
+
+def test_needle_has_a_byte_for_each_character() -> None:
+    assert tokens_needed(len) == tokens_needed(lambda text: len(ByteTokenizer().encode(text)))
 
 
 @pytest.mark.parametrize("tokenizer", [ByteTokenizer(), PairTokenizer()], ids=["bytes", "pairs"])

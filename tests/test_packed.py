@@ -258,6 +258,17 @@ def different_documents(rank: int, world: int) -> None:
         pass
 
 
+def dtensor_cut_again(rank: int, world: int) -> None:
+    cp, tokens = make_plan(ring=2), torch.zeros(1, 4 * CHUNK * world, dtype=torch.int64)
+    batch = cp.pack(tokens)
+    with pytest.raises(ValueError, match=r"shard takes whole, plain tensors: hand over x.full_tensor\(\) of a DTensor"):
+        batch.shard(batch.shard(tokens, as_dtensor=True))
+
+
+def test_packed_batch_refuses_to_cut_a_dtensor(pool):
+    pool.run(2, dtensor_cut_again)
+
+
 def test_packed_ranks_with_different_documents_are_told_so(pool):
     pool.run(2, different_documents)
 

@@ -315,6 +315,12 @@ def test_resume_passes_over_a_damaged_checkpoint_and_replays(pool, settings_of):
     assert "resumed from" in pool.run(2, start, settings)[0].log and checkpoints(settings)[-1] == "step-6"
 
 
+def test_resume_of_a_gradient_that_is_not_finite_before_any_checkpoint(pool, settings_of):
+    settings = settings_of("fsdp 2", checkpoint={"interval": 4})
+    for found in pool.run(2, start, settings, on_rank=1, poisoned=1):
+        assert "were not updated; no checkpoint was saved yet. Lower optimizer.lr" in found.error
+
+
 def test_resume_after_a_gradient_that_is_not_finite(pool, settings_of):
     """A loss of nan on one rank stops all of them; weights, moments and checkpoints stay as they were."""
     straight = pool.run(2, start, settings_of("fsdp 2", "straight"))

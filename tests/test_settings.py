@@ -321,6 +321,7 @@ def test_settings_refuse_windows_too_short_for_a_needle_stage_by_stage() -> None
     assert re.fullmatch(r"training.seq_len = 64 .* needs 120 tokens; .*validation.needles to 0", problem)
     assert problems_of(1, needle, "--training.seq_len=64", stages)[0].startswith("training.stages[0].seq_len")
     assert not problems_of(1, needle, "--training.seq_len=120")
+    assert problems_of(None, needle, "--training.seq_len=64") == [problem], "the world size has no part in it"
     # How many ids another tokenizer makes of the sentences is known when it is built.
     assert not problems_of(1, needle, "--training.seq_len=64", "--tokenizer.name=some.package:make")
 

@@ -302,6 +302,6 @@ def layout_run(case: Case, layout: str, rank: int) -> tuple[Times, Run]:
 def batch_of(plan: ContextParallel, layout: LayoutName, lengths: Sequence[int]) -> PackedBatch:
     """A pack in any layout under a plan for packed documents: attention reads the chunks, never the name.
 
-    One as they are after the first of a plan, which its ranks compare.
+    Not compared between the ranks, as only the first batches of a plan are.
     """
     return replace(plan.packed(make_cut(layout, lengths, plan.ring_degree).packing().encode()), compares=False)

@@ -36,7 +36,7 @@ def run(settings: TrainSettings, show: Callable[[str], None]) -> bool:
     # Gathering a gradient that FSDP2 and tensor parallel cut takes two collectives, of which torch warns on every rank.
     logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
     with ExitStack() as ends:
-        with worded(on_all=True):
+        with worded():
             device = local_device()
             ends.enter_context(process_group(settings.comm, device))
         passed = True

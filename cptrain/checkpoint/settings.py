@@ -14,6 +14,8 @@ LATEST = -1
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
+    """Checkpoints: when they are written, where, how many stay, and which one a run goes on from."""
+
     enable: bool = setting(True, "write checkpoints, and resume from them")
     folder: str = setting(
         "checkpoint", "where the step-N folders go; a relative path starts at the job's output folder"

@@ -46,12 +46,13 @@ def fail(
 
     The other ranks wait `head_start_s` first: torchrun kills all ranks as soon as one has ended, and the one that
     speaks may be the slowest to get here. Its end then ends theirs at once.
-    on_all: every rank has this error. If it may be one's own, whoever is not ended by then speaks, too.
+    on_all: every rank has this error. If it may be one's own, whoever is not ended by then speaks, too (where no
+    torchrun ends the others, all that share it do).
     """
-    name = ""
-    if not is_first_on_host(environ):
+    speaks, rank = is_first_on_host(environ), rank_name(environ)
+    if not speaks:
         time.sleep(head_start_s)
-        name = f"[rank {rank_name(environ)}] "
-    if not (name and on_all):
+    if speaks or not on_all:
+        name = "" if on_all or rank in ("", "0") else f"[rank {rank}] "
         print(f"{name}{error}", file=stream or sys.stderr, flush=True)
     raise SystemExit(2)

@@ -8,7 +8,12 @@ from collections.abc import Mapping
 
 def is_first_on_host(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether this process speaks for its host: local rank 0 under torchrun or srun, and any process without either."""
-    return environ.get("LOCAL_RANK", environ.get("SLURM_LOCALID", "0")) == "0"
+    return (local_rank_name(environ) or "0") == "0"
+
+
+def local_rank_name(environ: Mapping[str, str] = os.environ) -> str:
+    """The rank on its host as the launcher gives it, "" without one."""
+    return environ.get("LOCAL_RANK") or environ.get("SLURM_LOCALID", "")
 
 
 def rank_name(environ: Mapping[str, str] = os.environ) -> str:

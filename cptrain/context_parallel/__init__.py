@@ -1,6 +1,6 @@
 """Exact attention over sequence shards, for any model: the library that other projects may lift out.
 
-Imports torch, the standard library and `cptrain.distributed` only.
+Imports torch (with its triton on CUDA), numpy, the standard library and `cptrain.distributed` only.
 """
 
 from cptrain.context_parallel.api import ContextParallel

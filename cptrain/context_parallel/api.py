@@ -76,7 +76,7 @@ class ContextParallel:
     _route: str = field(init=False, repr=False)
     _exchange_route: str = field(init=False, repr=False)
     _entered: Entered = field(init=False, repr=False, compare=False)
-    _applied: WeakKeyDictionary[nn.Module, str] = field(init=False, repr=False, compare=False)  # their names
+    _applied: WeakKeyDictionary[nn.Module, str] = field(init=False, repr=False, compare=False)  # name by module
     _family: dict[tuple[Any, ...], ContextParallel] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -286,9 +286,11 @@ class ContextParallel:
         Collective over all ranks. Raises ValueError when ring x ulysses does not divide the ranks of data x context.
         """
         check_method(method, ring, ulysses)
-        ours = (self.ring_degree, self.ulysses_degree, self.ring_inner_degree, self.method == "all_gather", data)
-        self._family.setdefault(ours, self)
-        key = (ring, ulysses, ring_inner_degree, method == "all_gather", data)
+        sizes = zip(self.mesh.mesh_dim_names or (), self.mesh.shape, strict=False)
+        others = tuple((axis, size) for axis, size in sizes if axis not in (data, self.ring, self.ulysses))
+        ours = (self.ring_degree, self.ulysses_degree, self.ring_inner_degree, self.method == "all_gather")
+        self._family.setdefault((*ours, data, others), self)
+        key = (ring, ulysses, ring_inner_degree, method == "all_gather", data, others)
         if key not in self._family:
             plan = ContextParallel(
                 regrouped_mesh(self.mesh, (self.ring or "ring", self.ulysses or "ulysses"), (ring, ulysses), data=data),
@@ -324,8 +326,11 @@ class ContextParallel:
         Given the global length and the heads (of one tensor-parallel rank), also the messages of one call, with bytes
         per hop as a rank sends them, and its buffers. For packed documents they differ by batch.
         """
-        if bool(num_heads) != bool(head_dim):
-            raise ValueError(f"num_heads = {num_heads}, head_dim = {head_dim}: give both or neither")
+        if bool(num_heads) != bool(head_dim) or (num_kv_heads and not num_heads):
+            raise ValueError(
+                f"num_heads = {num_heads}, num_kv_heads = {num_kv_heads}, head_dim = {head_dim}: give num_heads and "
+                "head_dim, or none of them"
+            )
         if num_heads:
             check_heads(num_heads, num_kv_heads or num_heads, self.ulysses_degree)
         shapes = {"heads": num_heads, "kv_heads": num_kv_heads or num_heads, "key_dim": head_dim, "value_dim": head_dim}
@@ -333,7 +338,7 @@ class ContextParallel:
         return description.describe(self, self._served(), seq_len, call)
 
     def _served(self) -> list[tuple[str, int]]:
-        """Name and window (0: without one) of the modules whose attention this plan is, and no other one by now."""
+        """Name and window (0: without one) of the modules whose attention is still this plan's; no deep copies."""
         switches = [(name, dispatch.switch_of(module)) for module, name in self._applied.items()]
         return [(name, s.window_size or 0) for name, s in switches if s is not None and s.attention == self.attention]
 

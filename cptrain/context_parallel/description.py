@@ -29,7 +29,8 @@ def summary(plan: ContextParallel) -> str:
         if plan.ring_inner_degree > 1:
             parts.append(f"inner rings of {plan.ring_inner_degree}")
         if plan.method != "all_gather":
-            parts.append(f"{plan.ring_degree - 1} hops")
+            hops = plan.ring_degree - 1
+            parts.append(f"{hops} hop{'s' if hops > 1 else ''}")
     return f"{plan.method} ({', '.join(parts)})"
 
 
@@ -47,7 +48,8 @@ def describe(plan: ContextParallel, applied: Sequence[tuple[str, int]], seq_len:
         by_window.setdefault(window, []).append(name)
     for window, names in (by_window or {0: []}).items():
         shown = [name or "the model itself" for name in names]
-        where = f"{len(names)} modules, {shown[0]} .. {shown[-1]}" if names else "no module applied yet"
+        where = f"{len(names)} modules, {shown[0]} .. {shown[-1]}" if len(names) > 1 else "".join(shown)
+        where = where or "no module applied yet"
         mask = Mask(causal=True, window=window)
         seen = f"window {window}" if window else "no window"
         lines.append(f"{where}: {seen}, {carried(plan, mask, seq_len)}")

@@ -9,6 +9,7 @@ step would be gone when the backward pass recomputes, and patching the function 
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -138,7 +139,8 @@ def match(model: nn.Module, modules: str | Sequence[str]) -> dict[str, nn.Module
     """The modules that `apply` is about to change, each by its first name that matches; its errors come from here."""
     patterns = [modules] if isinstance(modules, str) else list(modules)
     # A module that is registered under several names is found by any of them.
-    named = [(name, _unwrapped(module)) for name, module in model.named_modules(remove_duplicate=False)]
+    everything = model.named_modules(remove_duplicate=False)
+    named = [(name.replace(f".{WRAPPED}", ""), _unwrapped(module)) for name, module in everything]
     found = {pattern: {name for name, _ in named if _matches(name, pattern)} for pattern in patterns}
     missed = [pattern for pattern, names in found.items() if not names]
     if missed or not patterns:
@@ -172,7 +174,7 @@ def match(model: nn.Module, modules: str | Sequence[str]) -> dict[str, nn.Module
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
-    """What torch's `checkpoint_wrapper` holds: its own forward is computed again where no mode of it would be there."""
+    """What torch's `checkpoint_wrapper` holds, if this is one: backward calls the forward of that alone again."""
     while isinstance(inner := getattr(module, WRAPPED, None), nn.Module):
         module = inner
     return module
@@ -253,11 +255,19 @@ def _wrap(name: str, module: nn.Module) -> None:
 def wrap_forward(module: nn.Module, around: Callable[..., Any]) -> None:
     """Replace the module's forward by `around(module, forward, *args, **kwargs)`; a deep copy hands over itself."""
     original = module.forward
-    # Bound anew at each call, so that a deep copy of the model computes with the parameters of the copy.
-    unbound = original.__func__ if isinstance(original, MethodType) and original.__self__ is module else None
+    # Bound anew at each call, and not held: a deep copy computes with parameters of its own, and keeps no others alive.
+    is_own = isinstance(original, MethodType) and original.__self__ is module
+    inner: Any = original.__func__ if isinstance(original, MethodType) and is_own else original
 
-    @functools.wraps(original)
+    @functools.wraps(inner)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return around(self, functools.partial(unbound, self) if unbound else original, *args, **kwargs)
+        return around(self, functools.partial(inner, self) if is_own else inner, *args, **kwargs)
 
+    if not is_own:  # nothing of it is `self`, which a method is seen without
+        own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        signature = inspect.signature(original)
+        forward.__signature__ = signature.replace(  # type: ignore[attr-defined]
+            parameters=[own, *signature.parameters.values()]
+        )
+    del original
     module.forward = MethodType(forward, module)  # type: ignore[method-assign]

@@ -218,7 +218,7 @@ def _watch(model: nn.Module, inputs: Inputs) -> None:
         if inputs.reads_positions and self.config._attn_implementation != NAME:
             raise RuntimeError(
                 f'the attention implementation was set to "{self.config._attn_implementation}" after the model was '
-                "made context parallel: apply the plan again"
+                'made context parallel: set it to "sdpa" and apply the plan again'
             )
         check_inputs(inputs, given)
         if inputs.packed and inputs.reads_positions and given.get("position_ids") is None:

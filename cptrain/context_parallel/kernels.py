@@ -127,11 +127,13 @@ def choose_kernel(
     value_dim: int | None = None,
     packed: bool = False,
     name: str = "auto",
+    told: bool = True,
 ) -> Kernel:
     """The kernel of this name, or by "auto" the fastest, for a device, a dtype, and the widths of keys and values.
 
     packed: of packed documents, whose blocks have ever new shapes. An implementation of flash attention that the kernel
-    needs is activated, for this process. Each choice is logged once, on rank 0, with a warning if it is a slow one.
+    needs is activated, for this process. Each choice is logged once, on rank 0, with a warning if it is a slow one,
+    where it is to be told.
     Raises NotImplementedError that names what would work.
     """
     kernel = _choose(
@@ -143,6 +145,7 @@ def choose_kernel(
         key_dim if value_dim is None else value_dim,
         packed,
         name,
+        told,
     )
     if kernel.implementation and kernel.implementation != current_flash_attention_impl():
         try:
@@ -170,6 +173,7 @@ def _choose(
     value_dim: int,
     packed: bool,
     name: str,
+    told: bool,
 ) -> Kernel:
     fitting = [
         kernel
@@ -186,7 +190,7 @@ def _choose(
     for kernel in fitting:
         by_itself = kernel.generations is None or generation in kernel.generations
         if kernel.name == name or (name == "auto" and by_itself):
-            if not (dist.is_initialized() and dist.get_rank()):
+            if told and not (dist.is_initialized() and dist.get_rank()):
                 logger.info(f"attention kernel {kernel.name} for {what}")
                 if kernel is REFERENCE and name == "auto" and device_type != "meta":
                     logger.warning(f"attention is several times slower in plain torch: no other kernel takes {what}")

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from cptrain.context_parallel.carrier import accumulator_dtype
 from cptrain.context_parallel.packing import Packing
+from cptrain.context_parallel.refusals import check_whole
 from cptrain.distributed.sending import send
 
 if TYPE_CHECKING:
@@ -30,8 +31,8 @@ class Entered:
     the widest (0: without one) last; in half precision, and in full. shape: rows, tokens of a row. These are fields of
     their own because compiled code reads them: asked of the batch, it would be compiled anew for each.
     recomputed: the packing of the batch inside of which a backward pass has computed attention again.
-    num_compared: how many batches the ranks have compared so far, without gradients (validation, of data of its own)
-    and with them.
+    num_compared: how many batches the ranks have compared so far: entered without gradients (a validation, of data of
+    its own), and with them.
     """
 
     def __init__(self) -> None:
@@ -107,6 +108,7 @@ class PackedBatch:
 
     def shard(self, *tensors: torch.Tensor, dim: int = 1, as_dtensor: bool = False) -> Any:
         """This rank's part of each tensor [B, ..., S, ...], as `ContextParallel.shard`; each row is cut in its way."""
+        check_whole(tensors)
         parts = []
         for x in tensors:
             self._check_shape(x.size(0), x.size(dim), x, dim)
@@ -128,8 +130,8 @@ class PackedBatch:
             raise RuntimeError("another batch is entered: leave it (after its backward pass) before entering this one")
         if self.compares and plan.degree > 1:
             counts, which = plan._entered.num_compared, int(torch.is_grad_enabled())
-            counts[which] += 1
-            if counts[which] <= COMPARED:
+            if counts[which] < COMPARED:
+                counts[which] += 1
                 self._compare()
         plan._entered.enter(self)
         return self

@@ -32,8 +32,8 @@ def check_plan(plan: ContextParallel, ring: int, ulysses: int) -> None:
         raise ValueError(f'ring and ulysses are both "{plan.ring}": one axis cuts the sequence once; set one to None')
     if plan.layout not in (*LAYOUTS, "balanced"):
         raise ValueError(f'layout = "{plan.layout}": must be one of {", ".join((*LAYOUTS, "balanced"))}')
-    if plan.chunk_size != "auto" and plan.chunk_size < 1:
-        raise ValueError(f'chunk_size = {plan.chunk_size}: must be a number of tokens, or "auto"')
+    if plan.chunk_size != "auto" and (not isinstance(plan.chunk_size, int) or plan.chunk_size < 1):
+        raise ValueError(f'chunk_size = {plan.chunk_size!r}: must be a number of tokens, or "auto"')
     if plan.chunk_size != "auto" and plan.layout != "balanced":
         raise ValueError(
             f'chunk_size = {plan.chunk_size}: layout = "{plan.layout}" deals no chunks; leave it out, or set layout to '
@@ -84,20 +84,22 @@ def check_method(method: str, ring: int, ulysses: int) -> None:
 def check_whole(tensors: Sequence[torch.Tensor]) -> None:
     """ValueError for DTensors, which are cut already, or look so."""
     if any(isinstance(x, DTensor) for x in tensors):
-        raise ValueError("shard takes whole plain tensors: hand over x.full_tensor() of a DTensor")
+        raise ValueError("shard takes whole, plain tensors: hand over x.full_tensor() of a DTensor")
 
 
 def check_window(window_size: int | None) -> None:
     """ValueError for what is no number of tokens."""
-    if window_size is not None and not isinstance(window_size, int):
-        raise ValueError(f"window_size = {window_size}: must be a whole number of tokens, or None")
+    if window_size is not None and (not isinstance(window_size, int) or isinstance(window_size, bool)):
+        raise ValueError(f"window_size = {window_size!r}: must be a whole number of tokens, or None")
     if window_size is not None and window_size < 1:
         raise ValueError(f"window_size = {window_size}: must be at least 1; or leave it out")
 
 
 def check_heads(heads: int, kv_heads: int, ulysses_degree: int) -> None:
     """ValueError for numbers of heads that do not fit each other or the degree."""
-    if heads < 1 or kv_heads < 1 or heads % kv_heads:
+    if heads < 1 or kv_heads < 1:
+        raise ValueError(f"{heads} query heads and {kv_heads} kv heads: there must be at least 1 of each")
+    if heads % kv_heads:
         raise ValueError(f"{heads} query heads are not a multiple of {kv_heads} kv heads")
     valid = valid_ulysses_degrees(heads, kv_heads)
     if ulysses_degree not in valid:

@@ -53,7 +53,9 @@ class Sizes:
 
 def exact_dtype(device: torch.device, dtype: torch.dtype, kernel: str) -> torch.dtype:
     """fp64 where the kernel that computes `dtype` has it, so that nothing hides in rounding; else `dtype` itself."""
-    return torch.float64 if torch.float64 in choose_kernel(device.type, dtype, name=kernel).dtypes else dtype
+    return (
+        torch.float64 if torch.float64 in choose_kernel(device.type, dtype, name=kernel, told=False).dtypes else dtype
+    )
 
 
 def visible(mask: Mask, length: int, device: torch.device) -> torch.Tensor:
@@ -347,7 +349,7 @@ def _packed(plan: ContextParallel, mask: Mask, length: int, carried: Carried) ->
         # What the choice is made by: as if nothing had to travel, or more than a ring would send.
         moved = 0 if carried == "exchange" else plan.ring_degree * packing.layout.length
         packing = replace(packing, moved=(Moved(mask.window, moved, moved),))
-    # Made of nothing that ranks could read differently; the comparisons of a plan are for those.
+    # Nothing in it could have been read differently: the plan's comparisons are left to batches that were read.
     return replace(plan.packed(packing.encode()), compares=False)
 
 

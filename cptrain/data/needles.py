@@ -78,7 +78,7 @@ class Needles:
 
 def check_needles(tokenizer: Tokenizer, *, count: int, length: int, key: str = "training.seq_len") -> None:
     """ValueError unless so many needles can be hidden in windows of this length, which the setting `key` gives."""
-    keys = {tuple(_ids(tokenizer, key)) for key in same_digits()}
+    keys = {tuple(_ids(tokenizer, text)) for text in same_digits()}
     if len(keys) < 10 or () in keys:
         raise ValueError(f"validation.needles = {count}: the tokenizer does not tell digits apart; set it to 0")
     needed = tokens_needed(lambda text: len(_ids(tokenizer, text)))

@@ -55,7 +55,7 @@ class DataConfig:
         'source "stdlib" always does',
     )
     validation_fraction: float = setting(0.01, "share of the tokens held out for validation, in whole documents")
-    seed: int | Literal["auto"] = setting("auto", 'orders and splits the documents; "auto": the seed of the training')
+    seed: int | Literal["auto"] = setting("auto", 'orders and splits the documents; "auto": debug.seed')
     document_mask: bool = setting(
         True, "tokens see only their own document; false: all that comes before in the window"
     )

@@ -102,18 +102,22 @@ def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
 def _probe_ids(tokenizer: Tokenizer, where: str) -> list[int]:
     """What `encode` makes of the probe. ValueError if it fails, or gives no ids of the vocabulary."""
     try:
-        ids = np.asarray(tokenizer.encode(_PROBE))
+        encoded = tokenizer.encode(_PROBE)
     except Exception as error:  # as above
         raise ValueError(
             f"{where}: encode raised {type(error).__name__}: {error}; it has to take any text, this one for a start: "
             f"{_PROBE!r}"
         ) from error
-    whole = ids.ndim == 1 and (ids.dtype.kind in "iu" or not ids.size)
-    if not whole or any(not 0 <= number < tokenizer.vocab_size for number in ids.tolist()):
-        raise ValueError(
-            f"{where}: encode must give whole numbers from 0 to vocab_size - 1 = {tokenizer.vocab_size - 1}, a list or "
-            f"an array of one axis; it gave {reprlib.repr(ids.tolist())}"
-        )
+    rule = f"encode must give a list, or an array of one axis, of whole numbers from 0 to {tokenizer.vocab_size - 1}"
+    try:
+        ids = np.asarray(encoded)
+    except ValueError:  # lists of several lengths
+        ids = np.empty((0, 0))
+    if ids.ndim != 1 or not (ids.dtype.kind in "iu" or not ids.size):
+        raise ValueError(f"{where}: {rule} (vocab_size - 1); it gave {reprlib.repr(encoded)}")
+    for place, number in enumerate(ids.tolist()):
+        if not 0 <= number < tokenizer.vocab_size:
+            raise ValueError(f"{where}: {rule} (vocab_size - 1); it gave {number} in place {place}")
     return ids.tolist()
 
 

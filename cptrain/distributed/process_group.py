@@ -7,7 +7,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 
-from cptrain.config.launcher import announced_ranks, rank_name
+from cptrain.config.launcher import announced_ranks, local_rank_name, rank_name
 from cptrain.distributed.settings import CommConfig
 from cptrain.distributed.shared_gloo import shared_gloo
 from cptrain.distributed.transport import be_patient
@@ -48,22 +48,23 @@ def process_group(comm: CommConfig, device: torch.device) -> Iterator[None]:
     """The default process group while the block runs: gloo on CPU, nccl (and gloo for CPU tensors) on CUDA.
 
     Ranks are those of `rank_from_environment`, found at MASTER_ADDR and MASTER_PORT; a world of one needs no port.
+    Of several ranks on CUDA, one that leaves the block by an error ends there: see `ended_at_once`.
     """
     rank, world_size = rank_from_environment()
     nccl = device.type == "cuda"
     backend = "cpu:gloo,cuda:nccl" if nccl else shared_gloo()
     timeout = timedelta(seconds=comm.init_timeout_seconds)
-    with tempfile.TemporaryDirectory(prefix="cptrain-") as folder:
+    with ExitStack() as ends:
         if world_size == 1:
+            folder = ends.enter_context(tempfile.TemporaryDirectory(prefix="cptrain-"))
             store = dist.FileStore(str(Path(folder) / "store"), 1)
             dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
         else:
             dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
-        try:
-            with ended_at_once() if nccl and world_size > 1 else nullcontext():
-                yield
-        finally:
-            dist.destroy_process_group()
+        ends.callback(dist.destroy_process_group)
+        if nccl and world_size > 1:
+            ends.enter_context(ended_at_once())
+        yield
 
 
 @contextmanager
@@ -76,14 +77,18 @@ def ended_at_once() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        code = (error.code or 0) if isinstance(error, SystemExit) else 1
-        if not isinstance(error, SystemExit):
-            sys.excepthook(type(error), error, error.__traceback__)
-        elif not isinstance(code, int):
-            print(code, file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code if isinstance(code, int) else 1)
+        code = 1
+        try:
+            if not isinstance(error, SystemExit):
+                sys.excepthook(type(error), error, error.__traceback__)
+            elif error.code is None or isinstance(error.code, int):
+                code = error.code or 0
+            else:
+                print(error.code, file=sys.stderr)
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:  # whatever becomes of the words
+            os._exit(code)
 
 
 def local_device() -> torch.device:
@@ -93,7 +98,7 @@ def local_device() -> torch.device:
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    local_rank = _number("LOCAL_RANK", os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0")
+    local_rank = _number("LOCAL_RANK", local_rank_name() or "0")
     ranks, gpus = max(local_rank + 1, _ranks_on_host()), torch.cuda.device_count()
     if ranks > gpus and _sees_its_own_gpus():
         local_rank = 0

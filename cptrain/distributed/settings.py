@@ -163,6 +163,7 @@ def _too_large(config: ParallelismConfig, degrees: Degrees, product: str, world_
         rule = f"{product} ranks are needed, and this is one"
         if fixed <= MOST_OF_A_NODE:
             fix = f"start {fixed} with `torchrun --nproc-per-node {fixed} -m cptrain.train ...`"
+            fix += f" (for --dry-run: add --world-size {fixed})"
     return Problem(key=max(given)[1], rule=rule, fix=f"{fix}, or {lower}")
 
 

@@ -12,7 +12,7 @@ from cptrain.config import Problem, setting
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MetricsConfig:
-    """[metrics]: log lines, metrics.jsonl and TensorBoard, all written by rank 0."""
+    """Log lines, metrics.jsonl and TensorBoard, all written by rank 0."""
 
     log_freq: int = setting(1, "steps between two log lines; rates and times are averaged over the steps in between")
     enable_tensorboard: bool = setting(True, "also write TensorBoard files, into tb/ of the job's output folder")
@@ -33,7 +33,7 @@ class MetricsConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProfilingConfig:
-    """[profiling]: traces of torch.profiler from every rank, and the memory history of CUDA devices."""
+    """Traces of torch.profiler from every rank, and the memory history of CUDA devices."""
 
     enable_profiling: bool = setting(
         False, "write traces of torch.profiler (open them in Perfetto or chrome://tracing)"

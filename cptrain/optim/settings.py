@@ -12,7 +12,7 @@ from cptrain.config import Problem, setting
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """[optimizer]: which optimizer, its rates and which kernel runs it."""
+    """Which optimizer, its rates and which kernel runs it."""
 
     name: Literal["AdamW"] = setting("AdamW", "optimizer; AdamW decays weights apart from the gradient")
     lr: float = setting(8e-4, "peak learning rate, reached at the end of the warm-up")
@@ -39,7 +39,7 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LRSchedulerConfig:
-    """[lr_scheduler]: the learning rate as a function of the step number; `learning_rate` states the curve."""
+    """The learning rate as a function of the step: warm-up, then a curve down to its end."""
 
     warmup_steps: int = setting(200, "steps over which the learning rate rises from 0 to optimizer.lr")
     total_steps: int | Literal["auto"] = setting(

@@ -29,7 +29,7 @@ logger = logging.getLogger("cptrain")
 def run(settings: TrainSettings) -> None:
     """Train as the settings say. What cptrain itself refuses ends the process with 2, without a traceback."""
     with ExitStack() as ends:
-        with worded(on_all=True), advised(settings.comm, lambda: "nothing else on the device"):
+        with worded(), advised(settings.comm, lambda: "nothing else on the device"):
             device = local_device()
             prepare_host(device)
             ends.enter_context(process_group(settings.comm, device))
@@ -51,10 +51,9 @@ def run(settings: TrainSettings) -> None:
 
 
 @contextmanager
-def worded(*kinds: type[Exception], on_all: bool = False) -> Iterator[None]:
+def worded(*kinds: type[Exception]) -> Iterator[None]:
     """Ends the process with 2 and the message alone for errors of these kinds, and for those that cptrain raises.
 
-    on_all: every rank has them, so that one of each host speaks; otherwise it may be one rank alone that has to.
     Others are faults of the code, or of what it stands on, and keep their traceback.
     """
     try:
@@ -62,7 +61,7 @@ def worded(*kinds: type[Exception], on_all: bool = False) -> Iterator[None]:
     except (ValueError, NotImplementedError, RuntimeError) as error:
         if not isinstance(error, kinds) and not _raised_here(error):
             raise
-        fail(error, on_all=on_all)
+        fail(error, on_all=False)
 
 
 def _raised_here(error: Exception) -> bool:

@@ -186,6 +186,9 @@ class TrainSettings:
                 fix="set it to 0",
             )
         yield from self._problems_of_documents()
+        for index in range(max(1, len(self.training.stages))):
+            for problem in self.at_stage(index)._problems_of_needles():
+                yield self._at_stage(index, problem)
         # What is wrong inside of a section is said by it; only checks that rest on such a key are left out.
         ids = self.known_vocabulary
         sizes = known_sizes(self.model, _padded(ids))
@@ -198,7 +201,7 @@ class TrainSettings:
             return
         heads_known = sizes["num_heads"] > 0 and sizes["num_kv_heads"] > 0
         for index in range(max(1, len(self.training.stages))):
-            stage, where = self.at_stage(index), f"in training.stages[{index}]: " if self.training.stages else ""
+            stage = self.at_stage(index)
             degrees, found = resolve_degrees(
                 stage.parallelism,
                 world_size=world_size,
@@ -207,7 +210,6 @@ class TrainSettings:
                 windowed=sizes["window_size"] > 0 and sizes["full_attention_every"] != 1,
             )
             found = [replace(problem, key=f"parallelism.{problem.key}") for problem in found]
-            found += stage._problems_of_needles()
             if degrees is not None:
                 lengths = stage._problems_of_lengths(degrees)
                 ring_known = heads_known or not heads_decide(stage.parallelism)
@@ -215,16 +217,16 @@ class TrainSettings:
                 found += _problems_of_widths(degrees.tp, ffn_dim=sizes["ffn_dim"], vocab_size=sizes["vocab_size"])
                 if degrees.world == world_size:  # or it is not known how many ranks read different data
                     found += stage._problems_of_batches(degrees)
-            for problem in found:
-                key = self._written_key(index, problem.key)
-                yield replace(problem, key=key, rule=problem.rule if key != problem.key else where + problem.rule)
+            yield from (self._at_stage(index, problem) for problem in found)
 
-    def _written_key(self, index: int, key: str) -> str:
-        """The key of a stage where the stage sets it, else the run's own."""
-        name = key.partition(".")[2]
-        if self.training.stages and getattr(self.training.stages[index], name, "auto") not in ("auto", "same"):
-            return f"training.stages[{index}].{name}"
-        return key
+    def _at_stage(self, index: int, problem: Problem) -> Problem:
+        """The problem by the key of a stage where the stage sets it, else by the run's own, with the stage named."""
+        if not self.training.stages:
+            return problem
+        name = problem.key.partition(".")[2]
+        if getattr(self.training.stages[index], name, "auto") not in ("auto", "same"):
+            return replace(problem, key=f"training.stages[{index}].{name}")
+        return replace(problem, rule=f"in training.stages[{index}]: {problem.rule}")
 
     @property
     def layout(self) -> Literal["zigzag", "contiguous", "balanced"]:
