@@ -228,7 +228,10 @@ print("went on")
         ("raise KeyboardInterrupt", 1, "KeyboardInterrupt\n"),
         ("raise SystemExit(2)", 2, ""),
         ("sys.exit('a text')", 1, "a text\n"),
+        ("sys.exit('')", 1, "\n"),
         ("sys.exit()", 0, ""),
+        # Where nothing can be told any more it ends, too.
+        ("sys.stdout.flush(); sys.stdout = open('/dev/full', 'w'); print(); raise OSError('e')", 1, "OSError: e\n"),
     ],
 )
 def test_distributed_error_of_one_rank_on_gpus_ends_it_at_once(ends: str, code: int, told: str) -> None:
