@@ -12,10 +12,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from cptrain.distributed.device import local_device
 from cptrain.distributed.mesh import build_meshes
 from cptrain.distributed.process_group import (
     first_rank_result,
-    local_device,
     process_group,
     rank_from_environment,
     set_timeouts,

@@ -22,7 +22,8 @@ from cptrain.check.step import check_step
 from cptrain.check.toy import ToyTrainer, distinct_plans, real_shape, toy_settings
 from cptrain.context_parallel.finding import Finding, agreed, table
 from cptrain.context_parallel.selfcheck import Sizes, check_attention, check_positions, cuts_of
-from cptrain.distributed.process_group import local_device, process_group
+from cptrain.distributed.device import local_device
+from cptrain.distributed.process_group import process_group
 from cptrain.train.run import worded
 from cptrain.train.settings import TrainSettings
 from cptrain.train.startup import title

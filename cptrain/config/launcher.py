@@ -27,3 +27,11 @@ def announced_ranks(environ: Mapping[str, str] = os.environ) -> tuple[str, str]:
     if not environ.get(name) and environ.get("SLURM_PROCID"):  # else a shell of salloc, which is no rank
         name = "SLURM_NTASKS"
     return name, environ.get(name, "")
+
+
+def whole_number(name: str, text: str) -> int:
+    """The number that the variable of this name holds. RuntimeError for a text that is none."""
+    try:
+        return int(text)
+    except ValueError:
+        raise RuntimeError(f"{name} = {text}: must be a whole number, as launchers set it") from None

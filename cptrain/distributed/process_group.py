@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 
-from cptrain.config.launcher import announced_ranks, local_rank_name, rank_name
+from cptrain.config.launcher import announced_ranks, rank_name, whole_number
 from cptrain.distributed.settings import CommConfig
 from cptrain.distributed.shared_gloo import shared_gloo
 from cptrain.distributed.transport import be_patient
@@ -30,7 +29,7 @@ def rank_from_environment() -> tuple[int, int]:
     RuntimeError where a launcher leaves out what ranks find each other by.
     """
     name, text = announced_ranks()
-    world_size = _number(name, text or "1")
+    world_size = whole_number(name, text or "1")
     if world_size == 1:
         return 0, 1
     rank = rank_name()
@@ -40,7 +39,7 @@ def rank_from_environment() -> tuple[int, int]:
             f"{name} = {world_size}, but {', '.join(missing)} not set: ranks do not find each other; start them with "
             f"torchrun, as launch/slurm.sbatch does, or unset {name} for one rank"
         )
-    return _number("RANK", rank), world_size
+    return whole_number("RANK", rank), world_size
 
 
 @contextmanager
@@ -89,49 +88,6 @@ def ended_at_once() -> Iterator[None]:
             sys.stderr.flush()
         finally:  # whatever becomes of the words
             os._exit(code)
-
-
-def local_device() -> torch.device:
-    """The accelerator of this local rank if there is CUDA, else the CPU; CUDA's current device is set to it.
-
-    RuntimeError, on all ranks of the host, where there are more of them than GPUs.
-    """
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    local_rank = _number("LOCAL_RANK", local_rank_name() or "0")
-    ranks, gpus = max(local_rank + 1, _ranks_on_host()), torch.cuda.device_count()
-    if ranks > gpus and _sees_its_own_gpus():
-        local_rank = 0
-    elif ranks > gpus:
-        raise RuntimeError(
-            f"{ranks} ranks on this host, but {gpus} GPU{'' if gpus == 1 else 's'} found: each rank needs one; start "
-            f"{gpus} here, or all on CPU with CUDA_VISIBLE_DEVICES="
-        )
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
-
-
-def _sees_its_own_gpus() -> bool:
-    """Whether srun, asked for GPUs by task, shows each rank its own alone."""
-    asked = os.environ.get("SLURM_GPUS_PER_TASK") or "gpu" in os.environ.get("SLURM_TRES_PER_TASK", "")
-    return bool(asked) and "LOCAL_RANK" not in os.environ
-
-
-def _number(name: str, text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise RuntimeError(f"{name} = {text}: must be a whole number, as launchers set it") from None
-
-
-def _ranks_on_host() -> int:
-    """Ranks that the launcher started here, 1 where it does not say it."""
-    if ranks := os.environ.get("LOCAL_WORLD_SIZE"):
-        return _number("LOCAL_WORLD_SIZE", ranks)
-    # Slurm counts by node, as in "8(x3),4"
-    counted = re.findall(r"(\d+)(?:\(x(\d+)\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
-    by_node = [int(ranks) for ranks, nodes in counted for _ in range(int(nodes or 1))] or [1]
-    return by_node[min(int(os.environ.get("SLURM_NODEID") or 0), len(by_node) - 1)]
 
 
 def set_timeouts(seconds: int) -> None:

@@ -16,8 +16,9 @@ import torch.distributed as dist
 
 import cptrain
 from cptrain.config.error import fail
+from cptrain.distributed.device import local_device
 from cptrain.distributed.host import prepare_host
-from cptrain.distributed.process_group import local_device, process_group
+from cptrain.distributed.process_group import process_group
 from cptrain.train.advice import advised
 from cptrain.train.memory import ways_out
 from cptrain.train.settings import TrainSettings
