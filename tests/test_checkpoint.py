@@ -176,6 +176,40 @@ def test_checkpoint_branch_sets_later_steps_aside(tmp_path, caplog):
     assert "renaming that to step-6.superseded" in caplog.text
 
 
+def test_checkpoint_branch_that_goes_past_later_steps_sets_them_aside_too(tmp_path):
+    save(tmp_path, 4, 8)
+    branch = make(tmp_path, load_step=4, keep_latest_k=2)
+    branch.load(tensors(0))
+    for step in (10, 12):
+        branch.save(step, tensors(step), {"step": step}, TOML)
+        assert make(tmp_path).steps() == [step, {10: 4, 12: 10}[step]], (
+            "what it came from counts, what it left does not"
+        )
+    assert (tmp_path / "checkpoint/step-8.superseded/manifest.json").exists()
+
+
+def test_checkpoint_that_is_damaged_does_not_push_an_intact_one_out(tmp_path):
+    save(tmp_path, 4, 8)
+    (tmp_path / "checkpoint/step-8/__0_0.distcp").write_bytes(b"")
+    resumed = make(tmp_path, keep_latest_k=2)
+    assert resumed.load(tensors(0)) == {"step": 4}
+    resumed.save(10, tensors(10), {"step": 10}, TOML)
+    assert make(tmp_path).steps() == [10, 4]
+
+
+@pytest.mark.parametrize("part", ["_name_latest", "shutil.rmtree"])
+def test_checkpoint_that_is_whole_is_saved_whatever_fails_after_it(tmp_path, monkeypatch, caplog, part):
+    def fail(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    save(tmp_path, 4)
+    monkeypatch.setattr(f"cptrain.checkpoint.folders.{part}", fail)
+    saver = make(tmp_path)
+    assert saver.save(4, tensors(8), {"step": 8}, TOML)
+    assert "step-4 is saved, but not all around it is in order ([Errno 28] No space left on device)" in caplog.text
+    assert_loads(tmp_path, 8)
+
+
 def test_checkpoint_setting_aside_never_overwrites(tmp_path):
     for _ in range(3):
         save(tmp_path, 5)

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import pickle
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -15,9 +16,11 @@ import pytest
 
 from cptrain.data.cache import cache_folder, publish
 from cptrain.data.corpus import Corpus, open_corpus
+from cptrain.data.placement import BestFit
 from cptrain.data.prepare import prepare_corpus
 from cptrain.data.settings import DataConfig, TokenizerConfig
 from cptrain.data.sources import find_files
+from cptrain.data.split import split_documents
 from cptrain.data.tokenizer import ByteTokenizer
 
 BOS, EOS = 256, 257
@@ -344,6 +347,57 @@ def test_data_corpus_that_was_tampered_with_is_refused(tmp_path: Path) -> None:
         file.truncate(4)
     with pytest.raises(RuntimeError, match=r"tokens\.bin: missing, or no longer 11 tokens"):
         open_corpus(corpus.folder)
+
+
+@pytest.mark.parametrize("damage", ["cut", "removed"])
+@pytest.mark.parametrize("name", ["corpus.json", "offsets.npy"])
+def test_data_corpus_with_a_damaged_file_says_what_to_remove(tmp_path: Path, name: str, damage: str) -> None:
+    folder = corpus_of(tmp_path, ["some text"]).folder
+    if damage == "cut":
+        (folder / name).write_bytes((folder / name).read_bytes()[:100])
+    else:
+        (folder / name).unlink()
+    with pytest.raises(RuntimeError, match=f"^{folder}: a file in it is missing or damaged .*; remove {folder}, and"):
+        open_corpus(folder)
+
+
+@pytest.mark.parametrize("damage", ["cut", "removed"])
+@pytest.mark.parametrize("name", ["training-documents.npy", "training-best_fit-4-split/about.json"])
+def test_data_corpus_whose_split_or_placement_is_damaged_says_what_to_remove(
+    tmp_path: Path, name: str, damage: str
+) -> None:
+    corpus = corpus_of(tmp_path, ["some text"] * 9)
+
+    def open_all() -> Path:
+        split = split_documents(corpus, fraction=0.1, seed=0)[0]
+        BestFit(split, seq_len=4, long_documents="split")
+        return split.folder
+
+    file = open_all() / name
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:9])
+    else:
+        file.unlink()
+    with pytest.raises(RuntimeError, match=f"^{file.parent}: a file in it is missing or damaged"):
+        open_all()
+
+
+def test_data_corpus_that_was_removed_while_it_was_in_use_is_not_made_of_a_part(tmp_path: Path) -> None:
+    split = split_documents(corpus_of(tmp_path, ["some text"] * 9), fraction=0.1, seed=0)[0]
+    shutil.rmtree(split.corpus.folder)
+    with pytest.raises(RuntimeError, match="removed while it was in use; start again"):
+        BestFit(split, seq_len=4, long_documents="split")
+    assert not split.corpus.folder.exists()
+
+
+def test_data_corpus_needs_a_home_or_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", none)
+    with pytest.raises(RuntimeError, match=r'data\.cache_dir = "auto": Could not determine home directory\. Set data'):
+        cache_folder("auto")
 
 
 def test_data_corpus_that_this_rank_cannot_see_is_refused(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import signal
@@ -290,6 +291,33 @@ def test_data_loader_close_stops_its_workers(plain_windows: Windows) -> None:
     next(batches)
     assert len(multiprocessing.active_children()) == len(others) + 1
     batches.close()
+    assert multiprocessing.active_children() == others
+
+
+class Broken:
+    """Windows that cannot be read from the third on."""
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if index > 2:
+            raise RuntimeError("the file has changed")
+        return {"tokens": torch.ones(4)}
+
+
+def test_data_loader_close_stops_the_workers_after_an_error_of_one() -> None:
+    others = multiprocessing.active_children()
+    batches = TrainBatches(
+        Broken(),  # type: ignore[arg-type]
+        start_index=0,
+        global_batch_size=1,
+        local_batch_size=1,
+        dp_rank=0,
+        dp_degree=1,
+        num_workers=2,
+    )
+    with pytest.raises(RuntimeError, match="the file has changed") as kept:
+        list(itertools.islice(batches, 5))
+    batches.close()
+    assert kept, "as its traceback holds the loader where a run ends by it"
     assert multiprocessing.active_children() == others
 
 

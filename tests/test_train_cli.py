@@ -11,12 +11,13 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+import cptrain
 from cptrain.checkpoint.settings import CheckpointConfig
 from cptrain.config import preset_names, presets_folder
 from cptrain.context_parallel.merging import merge_in_torch
@@ -230,25 +231,57 @@ def run_with(
     run_module.run(TrainSettings(model=model, checkpoint=CheckpointConfig(**checkpoint), comm=comm))
 
 
+def raise_in(package: ModuleType, error: Exception) -> None:
+    """Raise it as code of the package does."""
+    code = compile("def refuse(): raise error", str(Path(str(package.__file__)).parent / "part.py"), "exec")
+    names: dict[str, Any] = {"error": error}
+    exec(code, names)
+    names["refuse"]()
+
+
 @pytest.mark.parametrize("kind", [ValueError, NotImplementedError])
 def test_train_cli_what_does_not_fit_ends_with_code_2(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: type[Exception]
 ) -> None:
-    def refuse(*_: object) -> None:
-        raise kind("data.paths: no such file")
-
     with pytest.raises(SystemExit) as caught:
-        run_with(monkeypatch, refuse)
+        run_with(monkeypatch, lambda *_: raise_in(cptrain, kind("data.paths: no such file")))
     assert caught.value.code == 2
     assert capsys.readouterr() == ("", "data.paths: no such file\n")
 
 
-def test_train_cli_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
-        raise KeyError("a bug")
+@pytest.mark.parametrize("error", [KeyError("a bug"), ValueError("Expecting ',' delimiter"), RuntimeError("of torch")])
+def test_train_cli_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    with pytest.raises(type(error)):
+        run_with(monkeypatch, lambda *_: raise_in(torch, error))
 
-    with pytest.raises(KeyError):
-        run_with(monkeypatch, fail)
+
+LINES = """
+import logging
+from cptrain.train import run
+run._start_logging(0)
+for number in range(9):
+    logging.getLogger("cptrain").info("line %d of \\u00fc", number)
+    if number == 0 and {closes}:
+        input()
+"""
+
+
+def test_train_cli_goes_on_without_a_reader_of_its_lines() -> None:
+    program = [sys.executable, "-u", "-c", LINES.format(closes=True)]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(program, text=True, **pipes) as process:
+        assert "line 0" in process.stdout.readline()
+        process.stdout.close()
+        process.stdin.write("go on\n")
+        process.stdin.close()
+        assert "Logging error" not in process.stderr.read()
+
+
+def test_train_cli_writes_its_lines_where_not_all_letters_are_known() -> None:
+    environ = os.environ | {"PYTHONIOENCODING": "ascii"}
+    program = [sys.executable, "-c", LINES.format(closes=False)]
+    done = subprocess.run(program, env=environ, capture_output=True, text=True, check=True)
+    assert done.stderr == "" and done.stdout.count("of \\xfc\n") == 9
 
 
 def test_train_cli_an_error_of_compiled_code_below_ours_keeps_its_traceback() -> None:
@@ -262,8 +295,8 @@ def test_train_cli_an_error_of_another_rank_than_the_first_is_told(
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr("cptrain.config.error.time.sleep", lambda _: None)
-    with pytest.raises(SystemExit) as caught, run_module.worded(ValueError):
-        raise ValueError("data.paths: no such file")
+    with pytest.raises(SystemExit) as caught, run_module.worded():
+        raise_in(cptrain, ValueError("data.paths: no such file"))
     assert (caught.value.code, capsys.readouterr().err) == (2, "[rank 3] data.paths: no such file\n")
 
 

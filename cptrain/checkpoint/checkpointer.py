@@ -165,7 +165,7 @@ class Checkpointer:
             files=digests,
         )
         files.write(fresh / manifest.NAME, record.to_text())
-        folders.commit(self.folder, step)
+        folders.commit(self.folder, step, since=step if self._held is None else self._held)
 
     def _candidates(self) -> list[int]:
         """The steps to try, newest first."""

@@ -65,22 +65,28 @@ def recover(root: Path) -> None:
             files.flush(root)
 
 
-def commit(root: Path, step: int) -> None:
-    """Turn a finished `step-N.tmp` into `step-N`. Checkpoints of later steps come from another run: they step aside."""
+def commit(root: Path, step: int, *, since: int) -> None:
+    """Turn a finished `step-N.tmp` into `step-N`. Other checkpoints of later steps than `since` step aside.
+
+    since: the newest step whose folder this run came from, or wrote: later ones are of another run.
+    """
     final, fresh = finished(root, step), unfinished(root, step)
     files.flush(fresh)
     for later in steps(root):
-        if later > step:
-            _set_aside(finished(root, later), step)
+        if later > since and later != step:
+            _set_aside(finished(root, later), since)
     replaced = root / f"step-{step}.replaced"
     if final.exists():
         logger.info("checkpoint: replacing %s, which an earlier run wrote", final)
         final.rename(replaced)
     fresh.rename(final)
     files.flush(root)
-    _name_latest(root, final.name)
-    if replaced.exists():
-        shutil.rmtree(replaced)
+    try:
+        _name_latest(root, final.name)
+        if replaced.exists():
+            shutil.rmtree(replaced)
+    except OSError as error:  # the checkpoint itself is whole
+        logger.warning("checkpoint: %s is saved, but not all around it is in order (%s)", final, error)
 
 
 def prune(root: Path, keep_latest_k: int) -> None:
@@ -113,7 +119,7 @@ def _set_aside(path: Path, step: int) -> None:
     names = itertools.chain([".superseded"], (f".superseded-{count}" for count in itertools.count(2)))
     target = next(target for name in names if not (target := path.with_name(path.name + name)).exists())
     logger.warning(
-        "checkpoint: this run is at step %d, so it did not come from %s; renaming that to %s", step, path, target.name
+        "checkpoint: this run went on from step %d, not from %s; renaming that to %s", step, path, target.name
     )
     path.rename(target)
 

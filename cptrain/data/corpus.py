@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cptrain.data.cache import opened
+
 
 class Pieces(NamedTuple):
     """What a window holds: pieces of different documents, in order. Only the last may end before its document does.
@@ -42,16 +44,13 @@ class Corpus:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        try:
+        with opened(folder):
             about = json.loads((folder / "corpus.json").read_text())
-        except FileNotFoundError as error:
-            raise RuntimeError(
-                f"{folder}: no corpus here; data.cache_dir must lie on a file system that every rank sees"
-            ) from error
-        self.fingerprint: str = about["fingerprint"]
-        self.vocab_size: int = about["vocab_size"]
-        self.pad_id: int = about["pad_id"]
-        dtype = np.dtype(about["dtype"])
+            self.fingerprint: str = about["fingerprint"]
+            self.vocab_size: int = about["vocab_size"]
+            self.pad_id: int = about["pad_id"]
+            dtype = np.dtype(about["dtype"])
+            self.offsets = np.asarray(np.load(folder / "offsets.npy", mmap_mode="r"))
         self._shards: list[_Shard] = []
         for name, num_tokens in about["shards"]:
             path = folder / name  # an absolute name replaces the folder
@@ -60,7 +59,6 @@ class Corpus:
                 raise RuntimeError(f"{path}: missing, or no longer {num_tokens} tokens of {dtype}; remove {folder}")
             self._shards.append(_Shard(path, state, np.asarray(np.memmap(path, dtype=dtype, mode="r"))))
         self._shard_starts = np.cumsum([0, *(len(shard.tokens) for shard in self._shards)])
-        self.offsets = np.asarray(np.load(folder / "offsets.npy", mmap_mode="r"))
         self.num_documents = len(self.offsets) - 1
         self.num_tokens = int(self.offsets[-1])
 

@@ -113,6 +113,7 @@ class TrainBatches:
                 snapshot_every_n_steps=0,  # next_index is all the state there is
                 generator=torch.Generator(),  # else the loader draws a seed from the generator of the training
             )
+        self._iterator: Iterator[Batch] | None = None
         self._batches: Generator[Batch] | None = None
 
     def __iter__(self) -> TrainBatches:
@@ -123,7 +124,8 @@ class TrainBatches:
             raise RuntimeError("these batches are closed")
         if self._batches is None:
             # Begun here: what tells of a worker that has died is heard by the main thread alone.
-            self._batches = _built_ahead(iter(self._loader), self.micro_batches, self._device)
+            self._iterator = iter(self._loader)
+            self._batches = _built_ahead(self._iterator, self.micro_batches, self._device)
             atexit.register(_close_at_exit, weakref.ref(self))
         batch = next(self._batches, None)
         if batch is None:
@@ -145,7 +147,9 @@ class TrainBatches:
         """Stop the thread and the worker processes."""
         if self._batches is not None:
             self._batches.close()
-        self._batches = self._loader = None
+        # An error of a worker ends the batches, but not the workers: its traceback holds on to what would end them.
+        getattr(self._iterator, "_shutdown_workers", lambda: None)()
+        self._batches = self._loader = self._iterator = None
 
 
 def _close_at_exit(batches: weakref.ref[TrainBatches]) -> None:

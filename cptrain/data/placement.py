@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from cptrain.data.best_fit import best_fit_decreasing
-from cptrain.data.cache import publish
+from cptrain.data.cache import opened, publish
 from cptrain.data.corpus import Pieces
 from cptrain.data.settings import LongDocuments
 from cptrain.data.shuffle import shuffled_order
@@ -61,12 +61,13 @@ class BestFit:
         self.seq_len = seq_len
         self.long_documents = long_documents
         folder = split.folder / f"{split.name}-best_fit-{seq_len}-{long_documents}"
-        publish(folder, lambda path: _write_best_fit(path, split, seq_len, long_documents))
-        self._starts, self._lengths, self._continues, self._firsts = (
-            np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r"))
-            for name in ("starts", "lengths", "continues", "firsts")
-        )
-        self._about: dict[str, int] = json.loads((folder / "about.json").read_text())
+        publish(folder, lambda path: _write_best_fit(path, split, seq_len, long_documents), within=True)
+        with opened(folder):
+            self._starts, self._lengths, self._continues, self._firsts = (
+                np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r"))
+                for name in ("starts", "lengths", "continues", "firsts")
+            )
+            self._about: dict[str, int] = json.loads((folder / "about.json").read_text())
         self.num_windows = len(self._firsts) - 1
         if self.num_windows == 0:
             way_out = "raise training.seq_len" if split.num_documents else "add data.paths"

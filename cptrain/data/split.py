@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cptrain.data.cache import publish
+from cptrain.data.cache import opened, publish
 from cptrain.data.corpus import Corpus, Pieces
 from cptrain.data.shuffle import shuffled_order
 
@@ -25,8 +25,9 @@ class Split:
         self.name = name
         self.fraction = fraction
         self.seed = seed
-        self.documents = np.asarray(np.load(folder / f"{name}-documents.npy", mmap_mode="r"))
-        self.starts = np.asarray(np.load(folder / f"{name}-starts.npy", mmap_mode="r"))
+        with opened(folder):
+            self.documents = np.asarray(np.load(folder / f"{name}-documents.npy", mmap_mode="r"))
+            self.starts = np.asarray(np.load(folder / f"{name}-starts.npy", mmap_mode="r"))
         self.num_documents = len(self.documents)
         self.num_tokens = int(self.starts[-1])
 
@@ -68,7 +69,7 @@ def split_documents(corpus: Corpus, *, fraction: float, seed: int) -> tuple[Spli
     """
     digest = hashlib.blake2b(repr((seed, fraction)).encode(), digest_size=8).hexdigest()
     folder = corpus.folder / f"split-{digest}"
-    publish(folder, lambda path: _write_split(path, corpus, fraction, seed))
+    publish(folder, lambda path: _write_split(path, corpus, fraction, seed), within=True)
     training, held_out = (
         Split(corpus, folder, name, fraction=fraction, seed=seed) for name in ("training", "held-out")
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dis
+import io
 import logging
 import os
 import shlex
@@ -35,11 +36,14 @@ def run(settings: TrainSettings) -> None:
             prepare_host(device)
             ends.enter_context(process_group(settings.comm, device))
         _start_logging(dist.get_rank())
-        with worded(ValueError, NotImplementedError), advised(settings.comm, lambda: _less_memory(settings, device)):
+        with worded(), advised(settings.comm, lambda: _less_memory(settings, device)):
             trainer = Trainer(settings, device)
         with trainer, worded(), advised(settings.comm, lambda: _less_memory(trainer.stage.settings, device)):
             stopped_by = trainer.train()
-        if stopped_by and settings.checkpoint.enable:
+        if stopped_by and trainer.step >= settings.training.steps:
+            left = "; the validation due after it was cut short, or left out" if settings.validation.enable else ""
+            logger.info(f"stopped by {stopped_by} after step {trainer.step}, the last{left}")
+        elif stopped_by and settings.checkpoint.enable:
             where = ", on every node and with its --rdzv options," if _num_nodes() > 1 else ""
             logger.info(
                 f"stopped by {stopped_by} after step {trainer.step}; the same command{where} goes on from there:"
@@ -52,15 +56,15 @@ def run(settings: TrainSettings) -> None:
 
 
 @contextmanager
-def worded(*kinds: type[Exception]) -> Iterator[None]:
-    """Ends the process with 2 and the message alone for errors of these kinds, and for those that cptrain raises.
+def worded() -> Iterator[None]:
+    """Ends the process with 2 and the message alone for errors that cptrain raises.
 
     Others are faults of the code, or of what it stands on, and keep their traceback.
     """
     try:
         yield
-    except (ValueError, NotImplementedError, RuntimeError) as error:
-        if not isinstance(error, kinds) and not _raised_here(error):
+    except (ValueError, RuntimeError) as error:
+        if not _raised_here(error):
             raise
         fail(error, on_all=False)
 
@@ -98,9 +102,19 @@ def _num_nodes() -> int:
     return int(os.environ["WORLD_SIZE"]) // int(os.environ["LOCAL_WORLD_SIZE"])
 
 
+class _Lines(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes lines for as long as somebody reads them: a run goes on without (`| head`)."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], BrokenPipeError):
+            super().handleError(record)
+
+
 def _start_logging(rank: int) -> None:
     """Rank 0 tells what happens, the others only what is wrong."""
-    handler = logging.StreamHandler(sys.stdout)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal cannot show is no reason to lose a line
+    handler = _Lines(sys.stdout)
     prefix = "" if rank == 0 else f"[rank {rank}] "
     handler.setFormatter(logging.Formatter(f"%(asctime)s  {prefix}%(message)s", datefmt="%H:%M:%S"))
     logger.handlers = [handler]
