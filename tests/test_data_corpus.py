@@ -387,6 +387,8 @@ def test_data_corpus_that_was_removed_while_it_was_in_use_is_not_made_of_a_part(
     shutil.rmtree(split.corpus.folder)
     with pytest.raises(RuntimeError, match="removed while it was in use; start again"):
         BestFit(split, seq_len=4, long_documents="split")
+    with pytest.raises(RuntimeError, match="removed while it was in use; start again"):
+        split_documents(split.corpus, fraction=0.1, seed=1)
     assert not split.corpus.folder.exists()
 
 

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -222,6 +223,33 @@ def test_metrics_jsonl_is_on_disk_after_each_line(tmp_path):
     run.validation(1, 2.0)
     assert len(written(tmp_path)) == 2
     run.close()
+
+
+def test_metrics_that_cannot_be_written_do_not_end_the_run(tmp_path, messages):
+    full, gone = OSError(28, "No space left on device"), FileNotFoundError(2, "No such file or directory")
+    with metrics(tmp_path, MetricsConfig(enable_tensorboard=True, log_freq=1)) as out:
+        out.record(record(1))
+        with mock.patch.object(out._jsonl, "write", side_effect=full):
+            out.record(record(2))
+            out.record(record(3))
+        out.record(record(4))
+        with mock.patch.object(out._tensorboard, "write", side_effect=gone):
+            out.record(record(5))
+    told = "cannot be written ([Errno 28] No space left on device): the run goes on, points will be missing"
+    assert messages.text.count(f"metrics: metrics.jsonl {told}") == 1
+    assert messages.text.count("metrics: TensorBoard cannot be written ([Errno 2] No such file or directory)") == 1
+    assert [line["step"] for line in written(tmp_path)] == [1, 4, 5]
+
+
+def test_metrics_close_tensorboard_where_the_lines_cannot_be_closed(tmp_path, messages):
+    out = metrics(tmp_path, MetricsConfig(enable_tensorboard=True, log_freq=1))
+    with (
+        mock.patch.object(out._jsonl, "close", side_effect=OSError(28, "No space left on device")),
+        mock.patch.object(out._tensorboard, "close") as closed,
+    ):
+        out.close()
+    assert closed.called and "metrics: metrics.jsonl cannot be written" in messages.text
+    out.close()
 
 
 @pytest.mark.parametrize(("loss", "text"), [(math.nan, "nan"), (math.inf, "inf"), (-math.inf, "-inf")])

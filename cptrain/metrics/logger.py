@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Self, SupportsFloat
 
@@ -76,6 +77,7 @@ class Metrics:
         self._first_end_s = 0.0  # when the first step of this process ended
         self._jsonl: JsonLines | None = None
         self._tensorboard = None
+        self._failed: set[str] = set()
         if not self._writes:
             return
         self._peak_flops = _resolve_peak(config, device, compute_dtype)
@@ -120,9 +122,9 @@ class Metrics:
 
     def close(self) -> None:
         """Write out what TensorBoard still holds, and let go of the files."""
-        for sink in (self._jsonl, self._tensorboard):
+        for name, sink in (("metrics.jsonl", self._jsonl), ("TensorBoard", self._tensorboard)):
             if sink is not None:
-                sink.close()
+                self._try(sink.close, name)
 
     def __enter__(self) -> Self:
         return self
@@ -132,9 +134,21 @@ class Metrics:
 
     def _write(self, step: int, kind: str, fields: Mapping[str, float | None], points: Mapping[str, float]) -> None:
         assert self._jsonl is not None
-        self._jsonl.write({"step": step, "kind": kind, "time": time.time(), **fields})
+        line = {"step": step, "kind": kind, "time": time.time(), **fields}
+        self._try(partial(self._jsonl.write, line), "metrics.jsonl")
         if self._tensorboard is not None:
-            self._tensorboard.write(step, points)
+            self._try(partial(self._tensorboard.write, step, points), "TensorBoard")
+
+    def _try(self, write: Callable[[], None], sink: str) -> None:
+        """A full disk costs points of a curve, never the run; that is said once."""
+        try:
+            write()
+        except OSError as error:
+            if sink not in self._failed:
+                logger.warning(
+                    "metrics: %s cannot be written (%s): the run goes on, points will be missing", sink, error
+                )
+            self._failed.add(sink)
 
     def _summary(self, record: StepRecord) -> Summary:
         window = self._window
