@@ -312,7 +312,7 @@ def test_data_loader_close_stops_the_workers_after_an_error_of_one() -> None:
         local_batch_size=1,
         dp_rank=0,
         dp_degree=1,
-        num_workers=2,
+        num_workers=1,
     )
     with pytest.raises(RuntimeError, match="the file has changed") as kept:
         list(itertools.islice(batches, 5))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import subprocess
 import sys
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -205,48 +207,55 @@ def test_distributed_timeouts_are_set_for_every_group(pool):
     assert pool.run(2, timeouts) == [[timedelta(seconds=41)] * 2] * 2
 
 
-# A rank of two on GPUs whose process group cannot be torn down, as NCCL's cannot while peers wait for this one.
+# How a rank of two on GPUs leaves its process group, its exit code, and the end of what it writes to stderr.
+ENDS = {
+    "e = RuntimeError('no room'); e.add_note('take less'); raise e": (1, "RuntimeError: no room\ntake less\n"),
+    "raise KeyboardInterrupt": (1, "KeyboardInterrupt\n"),
+    "raise SystemExit(2)": (2, ""),
+    "sys.exit('a text')": (1, "a text\n"),
+    "sys.exit('')": (1, "\n"),
+    "sys.exit()": (0, ""),
+    # Where nothing can be told any more it ends, too.
+    "sys.stdout.flush(); sys.stdout = open('/dev/full', 'w'); print(); raise OSError('e')": (1, "OSError: e\n"),
+    "pass": (0, ""),
+}
+# Each in a child of one process, since torch takes seconds to import. But for the last, the group cannot be torn down,
+# as NCCL's cannot while peers wait for this one.
 STUCK = """
-import atexit, sys, time
+import json, os, sys, time
 import torch
 from cptrain.distributed import process_group
 from cptrain.distributed.settings import CommConfig
+
 process_group.dist.init_process_group = lambda *_, **options: None
-process_group.dist.destroy_process_group = lambda: {at_end}
-atexit.register(lambda: {at_end})
-with process_group.process_group(CommConfig(), torch.device("cuda")):
-    print("works")
-    {ends}
-print("went on")
+found = {}
+for ends in json.loads(sys.argv[1]):
+    process_group.dist.destroy_process_group = lambda: print("torn down") if ends == "pass" else time.sleep(1000)
+    child = os.fork()
+    if not child:
+        for file in (1, 2):
+            os.dup2(os.open(f"{sys.argv[2]}/{file}", os.O_CREAT | os.O_TRUNC | os.O_WRONLY), file)
+        with process_group.process_group(CommConfig(), torch.device("cuda")):
+            print("works")
+            exec(ends)
+        print("went on", flush=True)
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    found[ends] = code, *(open(f"{sys.argv[2]}/{file}").read() for file in (1, 2))
+print(json.dumps(found))
 """
 
 
-@pytest.mark.parametrize(
-    ("ends", "code", "told"),
-    [
-        ("e = RuntimeError('no room'); e.add_note('take less'); raise e", 1, "RuntimeError: no room\ntake less\n"),
-        ("raise KeyboardInterrupt", 1, "KeyboardInterrupt\n"),
-        ("raise SystemExit(2)", 2, ""),
-        ("sys.exit('a text')", 1, "a text\n"),
-        ("sys.exit('')", 1, "\n"),
-        ("sys.exit()", 0, ""),
-        # Where nothing can be told any more it ends, too.
-        ("sys.stdout.flush(); sys.stdout = open('/dev/full', 'w'); print(); raise OSError('e')", 1, "OSError: e\n"),
-    ],
-)
-def test_distributed_error_of_one_rank_on_gpus_ends_it_at_once(ends: str, code: int, told: str) -> None:
+def test_distributed_error_of_one_rank_on_gpus_ends_it_at_once(tmp_path: Path) -> None:
     environ = os.environ | {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
-    program = [sys.executable, "-c", STUCK.format(ends=ends, at_end="time.sleep(1000)")]
-    done = subprocess.run(program, env=environ, capture_output=True, text=True, check=False, timeout=60)
-    assert (done.returncode, done.stdout) == (code, "works\n")
-    assert done.stderr.endswith(told) and bool(done.stderr) == bool(told)
-
-
-def test_distributed_group_on_gpus_is_torn_down_at_its_end() -> None:
-    environ = os.environ | {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
-    program = [sys.executable, "-c", STUCK.format(ends="pass", at_end="print('torn down')")]
+    program = [sys.executable, "-c", STUCK, json.dumps(list(ENDS)), str(tmp_path)]
     done = subprocess.run(program, env=environ, capture_output=True, text=True, check=True, timeout=60)
-    assert done.stdout == "works\ntorn down\nwent on\ntorn down\n"
+    found = json.loads(done.stdout)
+    assert list(found) == list(ENDS)
+    for ends, (code, out, error) in found.items():
+        expected, told = ENDS[ends]
+        assert (code, out) == (expected, "works\ntorn down\nwent on\n" if ends == "pass" else "works\n"), ends
+        assert error.endswith(told) and bool(error) == bool(told), ends
 
 
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
