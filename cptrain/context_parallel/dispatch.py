@@ -269,5 +269,4 @@ def wrap_forward(module: nn.Module, around: Callable[..., Any]) -> None:
         forward.__signature__ = signature.replace(  # type: ignore[attr-defined]
             parameters=[own, *signature.parameters.values()]
         )
-    del original
     module.forward = MethodType(forward, module)  # type: ignore[method-assign]
